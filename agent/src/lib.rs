@@ -1,0 +1,1 @@
+//! The Atoll node agent: pods to CRI calls.

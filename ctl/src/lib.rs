@@ -1,0 +1,1 @@
+//! The Atoll command line client.

@@ -1,0 +1,1 @@
+//! The Atoll host daemon: machine config to plan to applied state.

@@ -1,0 +1,6 @@
+//! Entry point of `atoll-hostd`.
+
+fn main() {
+    eprintln!("atoll-hostd: not built yet");
+    std::process::exit(1);
+}

@@ -1,0 +1,6 @@
+//! Entry point of `atoll-init`.
+
+fn main() {
+    eprintln!("atoll-init: not built yet");
+    std::process::exit(1);
+}

@@ -1,0 +1,1 @@
+//! Harness that boots Atoll in QEMU beside a real Supervisor and registry.

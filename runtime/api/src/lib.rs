@@ -1,0 +1,1 @@
+//! Generated types of the Kubernetes Container Runtime Interface v1.

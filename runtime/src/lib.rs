@@ -1,0 +1,1 @@
+//! The Atoll microVM runtime: a CRI v1 server.

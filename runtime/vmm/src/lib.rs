@@ -1,0 +1,1 @@
+//! The Atoll virtual machine monitor: one process per microVM.

@@ -1,0 +1,1 @@
+//! Machine config v1: the one file that describes a host.
