@@ -1,0 +1,292 @@
+//! `suite`: runs formatting, lints, unit tests and end-to-end tests, goes on after a failure, and ends with one line
+//! that counts all of them: `N passed, N failed, N skipped`.
+//!
+//! A check without tests of its own (formatting, lints, a build) counts as one.
+
+use anyhow::{Context, ensure};
+use atoll_qemu_test::artifacts::{Artifacts, Profile};
+use atoll_qemu_test::namespaces;
+use atoll_qemu_test::progress::Progress;
+use clap::{Parser, ValueEnum};
+use std::io::{BufRead, BufReader, Write};
+use std::path::PathBuf;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Instant;
+
+/// End-to-end tests that run at once: most of their time is spent waiting for the emulated host.
+const E2E_THREADS: &str = "3";
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// Everything.
+    All,
+    /// What needs no QEMU.
+    Quick,
+    /// End-to-end tests only.
+    E2e,
+}
+
+#[derive(Debug, Parser)]
+#[command(about = "Runs Atoll's checks and tests and counts them")]
+struct Arguments {
+    part: Part,
+    /// Run only end-to-end tests whose names contain one of these.
+    filter: Vec<String>,
+}
+
+#[derive(Debug, Default, Clone, Copy)]
+struct Counts {
+    passed: u32,
+    failed: u32,
+    skipped: u32,
+}
+
+impl Counts {
+    fn add(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+    }
+}
+
+/// Runs the parts and keeps the counts.
+struct Suite {
+    artifacts: Artifacts,
+    counts: Counts,
+    failures: Vec<String>,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match run(&arguments) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> anyhow::Result<bool> {
+    let mut suite =
+        Suite { artifacts: Artifacts::locate()?, counts: Counts::default(), failures: Vec::new() };
+    let started = Instant::now();
+    if arguments.part != Part::E2e {
+        suite.quick()?;
+    }
+    if arguments.part != Part::Quick {
+        suite.end_to_end(&arguments.filter)?;
+    }
+    println!("\nall in {:.0} s", started.elapsed().as_secs_f64());
+    for failure in &suite.failures {
+        println!("FAILED {failure}");
+    }
+    let Counts { passed, failed, skipped } = suite.counts;
+    println!("{passed} passed, {failed} failed, {skipped} skipped");
+    Ok(failed == 0)
+}
+
+impl Suite {
+    fn quick(&mut self) -> anyhow::Result<()> {
+        let go = |arguments: &[&str], root: &Artifacts| {
+            let mut command = Command::new("go");
+            command.current_dir(root.root().join("supervisor")).env("CGO_ENABLED", "0").args(arguments);
+            command
+        };
+        let mut fmt = self.artifacts.cargo();
+        fmt.args(["fmt", "--all", "--check"]);
+        self.check("formatting of Rust", &mut fmt)?;
+        let mut gofmt = Command::new("bash");
+        gofmt
+            .current_dir(self.artifacts.root().join("supervisor"))
+            .args(["-c", "test -z \"$(gofmt -l . | tee /dev/stderr)\""]);
+        self.check("formatting of Go", &mut gofmt)?;
+        let mut clippy = self.artifacts.cargo();
+        clippy.args([
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--locked",
+            "--quiet",
+            "--",
+            "-D",
+            "warnings",
+        ]);
+        self.check("lints of Rust", &mut clippy)?;
+        let mut test = self.artifacts.cargo();
+        test.args(["test", "--workspace", "--locked", "--no-fail-fast"]);
+        self.tests("unit tests of Rust", &mut test, false, cargo_counts)?;
+        self.check("lints of Go", &mut go(&["vet", "./..."], &self.artifacts))?;
+        self.tests("unit tests of Go", &mut go(&["test", "-v", "./..."], &self.artifacts), false, go_counts)
+    }
+
+    fn end_to_end(&mut self, filter: &[String]) -> anyhow::Result<()> {
+        let mut progress = Progress::default();
+        if let Err(error) = self.artifacts.build(&mut progress, &[Profile::Release, Profile::Test]) {
+            self.fail(&format!("build: {error:#}"));
+            return Ok(());
+        }
+        self.counts.passed += 1;
+        let binary = self.test_binary()?;
+        let mut command = namespaces::unshare();
+        command
+            .current_dir(self.artifacts.root())
+            .arg(binary)
+            .args(["--test-threads", E2E_THREADS])
+            .args(filter);
+        self.tests("end-to-end tests", &mut command, true, cargo_counts)
+    }
+
+    /// Builds the end-to-end tests outside the namespaces and finds their program.
+    fn test_binary(&self) -> anyhow::Result<PathBuf> {
+        let output = self
+            .artifacts
+            .cargo()
+            .args([
+                "test",
+                "-p",
+                "atoll-qemu-test",
+                "--test",
+                "e2e",
+                "--locked",
+                "--no-run",
+                "--message-format=json",
+            ])
+            .stderr(Stdio::inherit())
+            .output()
+            .context("cannot start cargo")?;
+        ensure!(output.status.success(), "the end-to-end tests do not compile");
+        String::from_utf8_lossy(&output.stdout)
+            .lines()
+            .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+            .filter(|message| message["target"]["name"] == "e2e")
+            .find_map(|message| message["executable"].as_str().map(PathBuf::from))
+            .context("cargo named no program for the end-to-end tests")
+    }
+
+    /// A command whose exit status is the result.
+    fn check(&mut self, name: &str, command: &mut Command) -> anyhow::Result<()> {
+        self.tests(name, command, false, |_| None)
+    }
+
+    /// A command whose output is counted by `count`, line by line; its exit status counts where no line did.
+    fn tests(
+        &mut self,
+        name: &str,
+        command: &mut Command,
+        show: bool,
+        count: fn(&str) -> Option<Counts>,
+    ) -> anyhow::Result<()> {
+        let started = Instant::now();
+        println!("==> {name}");
+        let path = self.artifacts.out().join("log").join(format!("test-{}.log", name.replace(' ', "-")));
+        std::fs::create_dir_all(path.parent().context("the log has no directory")?)?;
+        let mut log =
+            std::fs::File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
+        let (reader, writer) = std::io::pipe()?;
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(writer.try_clone()?)
+            .stderr(writer)
+            .spawn()
+            .with_context(|| format!("cannot start {:?}", command.get_program()))?;
+        // The command holds the writing end; with it open here, reading would never end.
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        let mut total = Counts::default();
+        let mut counted = false;
+        for line in BufReader::new(reader).split(b'\n') {
+            let line = String::from_utf8_lossy(&line?).into_owned();
+            writeln!(log, "{line}")?;
+            if show
+                || line.starts_with("test result: FAILED")
+                || line.contains(" ... FAILED")
+                || line.contains("panicked at")
+            {
+                println!("    {line}");
+            }
+            if let Some(counts) = count(&line) {
+                total.add(counts);
+                counted = true;
+            }
+        }
+        let status = child.wait()?;
+        if !counted {
+            total = if status.success() {
+                Counts { passed: 1, ..Counts::default() }
+            } else {
+                Counts { failed: 1, ..Counts::default() }
+            };
+        } else if !status.success() && total.failed == 0 {
+            total.failed = 1;
+        }
+        self.counts.add(total);
+        println!(
+            "    {} passed, {} failed, {} skipped in {:.0} s",
+            total.passed,
+            total.failed,
+            total.skipped,
+            started.elapsed().as_secs_f64()
+        );
+        if total.failed > 0 {
+            self.failures.push(format!("{name}: see {}", path.display()));
+            if !show {
+                println!("{}", atoll_qemu_test::process::tail(&path, 40));
+            }
+        }
+        Ok(())
+    }
+
+    fn fail(&mut self, what: &str) {
+        println!("FAILED {what}");
+        self.counts.failed += 1;
+        self.failures.push(what.to_owned());
+    }
+}
+
+/// libtest's closing line: `test result: ok. 3 passed; 0 failed; 1 ignored; …`.
+fn cargo_counts(line: &str) -> Option<Counts> {
+    let rest = line.strip_prefix("test result: ")?;
+    let mut counts = Counts::default();
+    for part in rest.split(['.', ';']) {
+        let mut words = part.split_whitespace();
+        let (Some(number), Some(kind)) = (words.next().and_then(|n| n.parse().ok()), words.next()) else {
+            continue;
+        };
+        match kind {
+            "passed" => counts.passed = number,
+            "failed" => counts.failed = number,
+            "ignored" => counts.skipped = number,
+            _ => {}
+        }
+    }
+    Some(counts)
+}
+
+/// One line a test, of `go test -v`; subtests, which are indented, are part of theirs.
+fn go_counts(line: &str) -> Option<Counts> {
+    let none = Counts::default();
+    if line.starts_with("--- PASS") {
+        Some(Counts { passed: 1, ..none })
+    } else if line.starts_with("--- FAIL") {
+        Some(Counts { failed: 1, ..none })
+    } else if line.starts_with("--- SKIP") {
+        Some(Counts { skipped: 1, ..none })
+    } else {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn closing_lines_are_counted() {
+        let counts = cargo_counts("test result: FAILED. 3 passed; 2 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s").unwrap();
+        assert_eq!((counts.passed, counts.failed, counts.skipped), (3, 2, 1));
+        assert!(cargo_counts("running 3 tests").is_none());
+        assert_eq!(go_counts("--- FAIL: TestPin (0.00s)").unwrap().failed, 1);
+        assert!(go_counts("    --- PASS: TestPin/empty (0.00s)").is_none());
+    }
+}

@@ -1,0 +1,166 @@
+//! Structure rules of the source tree that the compiler does not know.
+
+use std::path::{Path, PathBuf};
+
+const MAX_FILE_LINES: usize = 500;
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+}
+
+/// Every Rust source that git knows, with its text.
+fn sources() -> Vec<(String, String)> {
+    let output =
+        std::process::Command::new("git").current_dir(root()).args(["ls-files", "*.rs"]).output().unwrap();
+    assert!(output.status.success(), "git ls-files failed");
+    String::from_utf8(output.stdout)
+        .unwrap()
+        .lines()
+        .filter_map(|path| {
+            std::fs::read_to_string(root().join(path)).ok().map(|text| (path.to_owned(), text))
+        })
+        .collect()
+}
+
+/// The part of a source before its tests.
+fn without_tests(text: &str) -> &str {
+    text.split("#[cfg(test)]\nmod ").next().unwrap_or(text)
+}
+
+fn is_test(path: &str) -> bool {
+    path.contains("/tests/") || path.ends_with("/tests.rs") || path.contains("/fuzz/")
+}
+
+fn report(failures: &[String]) {
+    assert!(failures.is_empty(), "\n{}", failures.join("\n"));
+}
+
+#[test]
+fn files_stay_readable_in_one_sitting() {
+    let failures: Vec<String> = sources()
+        .iter()
+        .filter(|(path, _)| !is_test(path))
+        .map(|(path, text)| (path, without_tests(text).lines().count()))
+        .filter(|(_, lines)| *lines > MAX_FILE_LINES)
+        .map(|(path, lines)| {
+            format!("{path}: {lines} lines, at most {MAX_FILE_LINES}: give a part of it a file of its own")
+        })
+        .collect();
+    report(&failures);
+}
+
+#[test]
+fn every_file_says_why_it_exists() {
+    let failures: Vec<String> = sources()
+        .iter()
+        .filter(|(path, text)| !path.contains("/fuzz/") && !text.starts_with("//!"))
+        .map(|(path, _)| format!("{path}: begin with `//!`: why it exists, who calls it"))
+        .collect();
+    report(&failures);
+}
+
+#[test]
+fn names_are_nouns_of_the_field() {
+    let failures: Vec<String> = sources()
+        .iter()
+        .filter(|(path, _)| {
+            let stem = Path::new(path).file_stem().and_then(|s| s.to_str()).unwrap_or_default();
+            ["util", "utils", "common", "helper", "helpers", "misc"].contains(&stem)
+        })
+        .map(|(path, _)| format!("{path}: name it after what is in it"))
+        .collect();
+    report(&failures);
+}
+
+#[test]
+fn unsafe_stands_only_where_it_is_expected() {
+    let allowed = |path: &str| {
+        ["/sys.rs", "/jail.rs", "/process.rs"].iter().any(|end| path.ends_with(end))
+            || path.starts_with("runtime/vmm/")
+    };
+    let failures: Vec<String> = sources()
+        .iter()
+        .filter(|(path, _)| !allowed(path) && !is_test(path))
+        .flat_map(|(path, text)| {
+            text.lines()
+                .enumerate()
+                .filter(|(_, line)| {
+                    let code = line.split("//").next().unwrap_or_default();
+                    code.contains("unsafe {") || code.contains("unsafe fn") || code.contains("unsafe impl")
+                })
+                .map(|(number, _)| {
+                    format!(
+                        "{path}:{}: unsafe belongs into sys.rs, jail.rs, process.rs or runtime/vmm",
+                        number + 1
+                    )
+                })
+                .collect::<Vec<_>>()
+        })
+        .collect();
+    report(&failures);
+}
+
+#[test]
+fn crates_meet_only_at_sockets() {
+    let crates = [
+        ("init", &["atoll-spec"][..]),
+        ("hostd", &["atoll-spec"]),
+        ("runtime", &["atoll-spec", "atoll-cri"]),
+        ("runtime/vmm", &["atoll-spec"]),
+        ("runtime/guest", &["atoll-spec"]),
+        ("agent", &["atoll-spec", "atoll-cri"]),
+        ("ctl", &["atoll-spec"]),
+        ("spec", &[]),
+    ];
+    let mut failures = Vec::new();
+    for (directory, allowed) in crates {
+        let manifest = std::fs::read_to_string(root().join(directory).join("Cargo.toml")).unwrap();
+        let dependencies = manifest.split("[dependencies]").nth(1).unwrap_or_default();
+        let dependencies = dependencies.split("[dev-dependencies]").next().unwrap_or_default();
+        for line in dependencies.lines().filter(|line| line.starts_with("atoll")) {
+            let name = line.split(['.', ' ', '=']).next().unwrap_or_default();
+            if !allowed.contains(&name) {
+                failures.push(format!(
+                    "{directory}/Cargo.toml: must not depend on {name}: they meet at a socket"
+                ));
+            }
+        }
+    }
+    report(&failures);
+}
+
+#[test]
+fn no_runtime_of_tasks_where_a_loop_will_do() {
+    let failures: Vec<String> = ["init", "runtime/vmm", "runtime/guest"]
+        .iter()
+        .filter(|directory| {
+            let manifest = std::fs::read_to_string(root().join(directory).join("Cargo.toml")).unwrap();
+            manifest
+                .split("[dev-dependencies]")
+                .next()
+                .unwrap_or_default()
+                .lines()
+                .any(|line| line.starts_with("tokio"))
+        })
+        .map(|directory| format!("{directory}/Cargo.toml: no tokio here"))
+        .collect();
+    report(&failures);
+}
+
+#[test]
+fn lints_are_expected_never_allowed() {
+    let failures: Vec<String> = sources()
+        .iter()
+        .filter(|(path, _)| !path.ends_with("tidy.rs") && !path.starts_with("runtime/api/"))
+        .flat_map(|(path, text)| {
+            text.lines()
+                .enumerate()
+                .filter(|(_, line)| {
+                    line.trim_start().starts_with("#[allow(") || line.trim_start().starts_with("#![allow(")
+                })
+                .map(|(number, _)| format!("{path}:{}: use #[expect(…, reason = …)]", number + 1))
+                .collect::<Vec<_>>()
+        })
+        .collect();
+    report(&failures);
+}
