@@ -14,9 +14,19 @@ pub fn inside() -> bool {
 }
 
 /// `unshare` (util-linux) with the namespaces of a lab; append the program to run. When `unshare` dies, the kernel
-/// kills all that runs inside.
+/// kills all that runs inside; when the caller dies, `unshare` does.
 pub fn unshare() -> Command {
-    let mut command = Command::new("unshare");
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig=KILL", "unshare"]);
+    with_namespaces(command)
+}
+
+/// Like [`unshare`], but it outlives the caller.
+pub fn unshare_detached() -> Command {
+    with_namespaces(Command::new("unshare"))
+}
+
+fn with_namespaces(mut command: Command) -> Command {
     if !rustix::process::geteuid().is_root() {
         command.args(["--user", "--map-root-user"]);
     }

@@ -96,8 +96,23 @@ fn enter(profile: Profile) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The first process of a namespace ignores signals that it has no handler for: end on Ctrl-C, and with it everything.
+fn end_on_interrupt() -> anyhow::Result<()> {
+    let mut signals =
+        signal_hook::iterator::Signals::new([signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM])
+            .context("cannot install a signal handler")?;
+    std::thread::spawn(move || {
+        if signals.forever().next().is_some() {
+            eprintln!("\ninterrupted: everything the demo started is being ended");
+            std::process::exit(130);
+        }
+    });
+    Ok(())
+}
+
 fn demo() -> anyhow::Result<()> {
     enter(Profile::Release)?;
+    end_on_interrupt()?;
     let artifacts = Artifacts::locate()?;
     let directory = artifacts.out().join("demo");
     let mut progress = Progress::default();
@@ -206,7 +221,7 @@ fn up(test: bool) -> anyhow::Result<()> {
     }
     let log = std::fs::File::create(standing.log())
         .with_context(|| format!("cannot create {}", standing.log().display()))?;
-    let mut command = namespaces::unshare();
+    let mut command = namespaces::unshare_detached();
     command.arg(std::env::current_exe()?).arg("serve");
     if test {
         command.arg("--test");

@@ -1,1 +1,14 @@
-//! End-to-end tests.
+//! End-to-end tests: real firmware, real control plane, real registry, real KVM in the booted host.
+//!
+//! Run by `./just e2e`, inside a network and process namespace of their own. One host of the test image is shared
+//! by all tests that do not harm it ([`shared`]); the others boot their own.
+
+mod boot;
+mod cri;
+mod join;
+mod node;
+mod pods;
+mod refusals;
+mod shared;
+mod streams;
+mod workloads;

@@ -1,0 +1,86 @@
+//! The release image: boots, joins, survives a reboot, powers off cleanly, and has nothing of the test image.
+
+use crate::shared::{lab, machine};
+use atoll_qemu_test::artifacts::Profile;
+use atoll_qemu_test::machine::Accelerator;
+use std::net::TcpStream;
+use std::time::Duration;
+
+const INDEX: usize = 1;
+
+#[test]
+fn release_host_joins_reboots_and_powers_off_cleanly() -> anyhow::Result<()> {
+    let (artifacts, lab) = lab();
+    let mut host = lab.boot_host(artifacts, Profile::Release, INDEX)?;
+    lab.wait_ready(&mut host, INDEX)?;
+
+    for port in [10350, 10351] {
+        let address = format!("{}:{port}", host.address()).parse()?;
+        assert!(
+            TcpStream::connect_timeout(&address, Duration::from_secs(3)).is_err(),
+            "the release image carries the test bridge on port {port}"
+        );
+    }
+    let machine_id = lab.supervisor.field("node", "node-2", "{.status.nodeInfo.machineID}")?;
+    let boot_id = lab.supervisor.field("node", "node-2", "{.status.nodeInfo.bootID}")?;
+    assert_eq!(machine_id.len(), 32, "machine id {machine_id:?}");
+
+    host.press_power_button()?;
+    host.wait_off(Duration::from_secs(120))?;
+
+    // Without a token: the identity on STATE is enough.
+    let config = lab.machine_config(INDEX)?;
+    let without_token: String = {
+        let start = config.find("join:").expect("the config has a join section");
+        let end = config[start + 5..].find("\n").map_or(config.len(), |_| {
+            let rest = &config[start..];
+            let mut length = 0;
+            for (number, line) in rest.split_inclusive('\n').enumerate() {
+                if number > 0 && !line.starts_with([' ', '-']) {
+                    break;
+                }
+                length += line.len();
+            }
+            start + length
+        });
+        format!("{}{}", &config[..start], &config[end..])
+    };
+    host.set_config(Some(without_token));
+    let mut host = host.boot_again()?;
+    atoll_qemu_test::process::wait_for("a new boot id", Duration::from_secs(300), || {
+        let now = lab.supervisor.field("node", "node-2", "{.status.nodeInfo.bootID}")?;
+        Ok((now != boot_id && !now.is_empty()).then_some(()))
+    })?;
+    lab.wait_ready(&mut host, INDEX)?;
+    assert_eq!(lab.supervisor.field("node", "node-2", "{.status.nodeInfo.machineID}")?, machine_id);
+    host.press_power_button()?;
+    host.wait_off(Duration::from_secs(120))?;
+    lab.supervisor.kubectl_ok(&["delete", "node", "node-2"])?;
+    Ok(())
+}
+
+#[test]
+fn console_tells_each_phase_with_its_time() {
+    let host = machine();
+    let text = host.serial.text();
+    for phase in ["mounts", "system", "services"] {
+        assert!(
+            text.lines().any(|line| line.contains("atoll:") && line.contains(phase) && line.contains("ms")),
+            "no line for phase {phase} with its time on the console:\n{text}"
+        );
+    }
+}
+
+#[test]
+fn emulated_processor_lacks_cmpxchg16b() -> anyhow::Result<()> {
+    if Accelerator::detect() == Accelerator::Kvm {
+        return Ok(());
+    }
+    let lab = crate::shared::ready_lab();
+    let pod = crate::shared::shell_pod(lab, "cpu-flags", "grep -m1 ^flags /proc/cpuinfo", "Never")?;
+    pod.wait_phase("Succeeded")?;
+    let flags = pod.logs()?;
+    assert!(flags.contains(" sse2 "), "{flags}");
+    assert!(!flags.contains(" cx16"), "cx16 is on: kernels would die at random under this emulation");
+    Ok(())
+}

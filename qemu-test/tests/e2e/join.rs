@@ -1,0 +1,67 @@
+//! What goes wrong before a host is a node gives one clear line on its console.
+
+use crate::shared::lab;
+use atoll_qemu_test::artifacts::Profile;
+use atoll_qemu_test::machine::Machine;
+use std::time::Duration;
+
+const INDEX: usize = 2;
+const LINE: Duration = Duration::from_secs(240);
+
+/// Boots a host with this config, waits for a line on its console, and checks that it never became a node.
+fn console_says(change: impl Fn(&str) -> String, needle: &str, words: &[&str]) -> anyhow::Result<()> {
+    static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let (artifacts, lab) = lab();
+    let config = change(&lab.machine_config(INDEX)?);
+    let mut spec = lab.machine_spec(artifacts, Profile::Release, INDEX, Some(config));
+    spec.memory_mib = 1536;
+    if spec.directory.exists() {
+        std::fs::remove_dir_all(&spec.directory)?;
+    }
+    let host = Machine::boot(spec)?;
+    let line = host.serial.expect(needle, 0, LINE)?;
+    for word in words {
+        assert!(line.contains(word), "no {word:?} in {line:?}");
+    }
+    assert_eq!(lab.supervisor.field("node", "node-3", "{.metadata.name}")?, "");
+    Ok(())
+}
+
+/// Replaces what follows `key` on its line.
+fn replace_after(config: &str, key: &str, value: &str) -> String {
+    config
+        .lines()
+        .map(|line| match line.find(key) {
+            Some(at) => format!("{}{value}\n", &line[..at + key.len()]),
+            None => format!("{line}\n"),
+        })
+        .collect()
+}
+
+#[test]
+fn malformed_config_names_every_error() -> anyhow::Result<()> {
+    console_says(|config| format!("{config}\nnetwrok: {{}}\ntime: {{servers: 7}}\n"), "netwrok", &["network"])
+}
+
+#[test]
+fn wrong_token_is_named() -> anyhow::Result<()> {
+    console_says(
+        |config| replace_after(config, "token: ", "abcdef.0123456789abcdef"),
+        "cannot join",
+        &["token"],
+    )
+}
+
+#[test]
+fn wrong_ca_pin_is_refused() -> anyhow::Result<()> {
+    let wrong = format!("sha256:{}", "0".repeat(64));
+    console_says(
+        |config| {
+            let at = config.find("sha256:").expect("the config has a pin");
+            format!("{}{wrong}{}", &config[..at], &config[at + 71..])
+        },
+        "cannot join",
+        &["pin"],
+    )
+}

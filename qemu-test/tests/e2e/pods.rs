@@ -1,0 +1,227 @@
+//! One pod at a time: runs, logs, volumes, environment, probes, failure modes.
+
+use crate::shared::{apply_pod, ready_lab, shell_pod};
+use atoll_qemu_test::lab::BUSYBOX;
+use atoll_qemu_test::process::wait_for;
+use std::time::Duration;
+
+#[test]
+fn example_runs_logs_and_goes() -> anyhow::Result<()> {
+    let lab = ready_lab();
+    let yaml = std::fs::read_to_string(crate::shared::lab().0.root().join("examples/hello.yaml"))?;
+    lab.supervisor.apply(&yaml)?;
+    let pod = crate::shared::Pod { lab, name: "hello".to_owned() };
+    pod.wait_phase("Running")?;
+    wait_for("its greeting", Duration::from_secs(30), || {
+        Ok(pod.logs()?.contains("hello from hello").then_some(()))
+    })?;
+    let wide = lab.supervisor.kubectl_ok(&["get", "pods", "hello", "-o", "wide"])?;
+    assert!(wide.contains("1/1") && wide.contains("node-1"), "{wide}");
+    assert!(!pod.field("{.status.podIP}")?.is_empty());
+    pod.delete()?;
+    assert_eq!(pod.field("{.metadata.name}")?, "");
+    Ok(())
+}
+
+#[test]
+fn container_that_exits_at_once_says_so() -> anyhow::Result<()> {
+    let pod = shell_pod(ready_lab(), "exits", "echo about to fail; exit 3", "Always")?;
+    pod.wait_field("{.status.containerStatuses[0].state.waiting.reason}", "CrashLoopBackOff")?;
+    assert_eq!(pod.field("{.status.containerStatuses[0].lastState.terminated.exitCode}")?, "3");
+    assert_eq!(pod.field("{.status.containerStatuses[0].lastState.terminated.reason}")?, "Error");
+    pod.wait_event("BackOff")?;
+    let previous = pod.lab.supervisor.kubectl_ok(&["logs", "exits", "--previous"])?;
+    assert!(previous.contains("about to fail"), "{previous}");
+    Ok(())
+}
+
+#[test]
+fn missing_image_says_so() -> anyhow::Result<()> {
+    let pod = apply_pod(
+        ready_lab(),
+        "no-image",
+        "  containers:\n  - name: main\n    image: registry.lab:5000/nothing:1\n",
+    )?;
+    wait_for("the pull to fail", crate::shared::POD, || {
+        let reason = pod.field("{.status.containerStatuses[0].state.waiting.reason}")?;
+        Ok(["ErrImagePull", "ImagePullBackOff"].contains(&reason.as_str()).then_some(()))
+    })?;
+    let message = pod.wait_event("Failed")?;
+    assert!(message.contains("registry.lab:5000/nothing:1") && message.contains("not found"), "{message}");
+    Ok(())
+}
+
+#[test]
+fn missing_command_exits_as_elsewhere() -> anyhow::Result<()> {
+    let pod = apply_pod(
+        ready_lab(),
+        "no-command",
+        &format!(
+            "  restartPolicy: Never\n  containers:\n  - name: main\n    image: {BUSYBOX}\n    command: [/no/such]\n"
+        ),
+    )?;
+    pod.wait_phase("Failed")?;
+    assert_eq!(pod.field("{.status.containerStatuses[0].state.terminated.exitCode}")?, "128");
+    assert_eq!(pod.field("{.status.containerStatuses[0].state.terminated.reason}")?, "StartError");
+    Ok(())
+}
+
+#[test]
+fn init_container_and_two_containers_share_an_empty_dir() -> anyhow::Result<()> {
+    let pod = apply_pod(
+        ready_lab(),
+        "shares",
+        &format!(
+            "  restartPolicy: Never
+  volumes:
+  - name: shared
+    emptyDir: {{}}
+  initContainers:
+  - name: first
+    image: {BUSYBOX}
+    command: [/bin/sh, -c, 'echo one > /shared/log']
+    volumeMounts: [{{name: shared, mountPath: /shared}}]
+  containers:
+  - name: writer
+    image: {BUSYBOX}
+    command: [/bin/sh, -c, 'echo two >> /shared/log; echo done > /shared/flag']
+    volumeMounts: [{{name: shared, mountPath: /shared}}]
+  - name: reader
+    image: {BUSYBOX}
+    command: [/bin/sh, -c, 'until [ -e /shared/flag ]; do sleep 0.2; done; cat /shared/log']
+    volumeMounts: [{{name: shared, mountPath: /shared}}]
+"
+        ),
+    )?;
+    pod.wait_phase("Succeeded")?;
+    let log = pod.lab.supervisor.kubectl_ok(&["logs", "shares", "-c", "reader"])?;
+    assert_eq!(log, "one\ntwo\n");
+    Ok(())
+}
+
+#[test]
+fn environment_comes_from_everywhere() -> anyhow::Result<()> {
+    let lab = ready_lab();
+    lab.supervisor
+        .apply("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: env-config}\ndata: {colour: blue}\n")?;
+    lab.supervisor.apply(
+        "apiVersion: v1\nkind: Secret\nmetadata: {name: env-secret}\nstringData: {password: hunter2}\n",
+    )?;
+    let pod = apply_pod(
+        lab,
+        "environment",
+        &format!(
+            "  restartPolicy: Never
+  containers:
+  - name: main
+    image: {BUSYBOX}
+    command: [/bin/sh, -c, 'echo $COLOUR $PASSWORD $POD $NODE $BOTH $PRE_colour; cat /config/colour /secret/password /info/labels']
+    resources: {{limits: {{memory: 64Mi, cpu: 500m}}}}
+    env:
+    - {{name: COLOUR, valueFrom: {{configMapKeyRef: {{name: env-config, key: colour}}}}}}
+    - {{name: PASSWORD, valueFrom: {{secretKeyRef: {{name: env-secret, key: password}}}}}}
+    - {{name: POD, valueFrom: {{fieldRef: {{fieldPath: metadata.name}}}}}}
+    - {{name: NODE, valueFrom: {{fieldRef: {{fieldPath: spec.nodeName}}}}}}
+    - {{name: BOTH, value: $(POD)-$(COLOUR)-$$(X)}}
+    envFrom:
+    - {{prefix: PRE_, configMapRef: {{name: env-config}}}}
+    volumeMounts:
+    - {{name: config, mountPath: /config}}
+    - {{name: secret, mountPath: /secret}}
+    - {{name: info, mountPath: /info}}
+  volumes:
+  - {{name: config, configMap: {{name: env-config}}}}
+  - {{name: secret, secret: {{secretName: env-secret}}}}
+  - {{name: info, downwardAPI: {{items: [{{path: labels, fieldRef: {{fieldPath: metadata.labels}}}}]}}}}
+"
+        ),
+    )?;
+    pod.wait_phase("Succeeded")?;
+    let log = pod.logs()?;
+    assert!(log.starts_with("blue hunter2 environment node-1 environment-blue-$(X) blue\n"), "{log}");
+    assert!(log.contains("bluehunter2app=\"environment\""), "{log}");
+    Ok(())
+}
+
+#[test]
+fn probes_gate_readiness_and_restart() -> anyhow::Result<()> {
+    let pod = apply_pod(
+        ready_lab(),
+        "probes",
+        &format!(
+            "  terminationGracePeriodSeconds: 1
+  containers:
+  - name: main
+    image: {BUSYBOX}
+    command: [/bin/sh, -c, 'touch /tmp/live; (sleep 4; touch /tmp/ready) & mkdir -p /www; echo ok > /www/index.html; exec httpd -f -p 8080 -h /www']
+    readinessProbe: {{exec: {{command: [test, -e, /tmp/ready]}}, periodSeconds: 1}}
+    livenessProbe: {{exec: {{command: [test, -e, /tmp/live]}}, periodSeconds: 1, failureThreshold: 2}}
+    startupProbe: {{httpGet: {{path: /index.html, port: 8080}}, periodSeconds: 1, failureThreshold: 60}}
+"
+        ),
+    )?;
+    pod.wait_field("{.status.containerStatuses[0].started}", "true")?;
+    pod.wait_field("{.status.conditions[?(@.type==\"Ready\")].status}", "True")?;
+    pod.exec(&["rm", "/tmp/live"])?;
+    pod.wait_field("{.status.containerStatuses[0].restartCount}", "1")?;
+    pod.wait_event("Unhealthy")?;
+    Ok(())
+}
+
+#[test]
+fn hooks_run_and_grace_is_kept() -> anyhow::Result<()> {
+    let lab = ready_lab();
+    let pod = apply_pod(
+        lab,
+        "hooks",
+        &format!(
+            "  terminationGracePeriodSeconds: 20
+  containers:
+  - name: main
+    image: {BUSYBOX}
+    command: [/bin/sh, -c, 'trap \"echo got TERM; exit 0\" TERM; until [ -e /tmp/started ]; do sleep 0.1; done; echo hook ran; while true; do sleep 0.2; done']
+    lifecycle:
+      postStart: {{exec: {{command: [touch, /tmp/started]}}}}
+      preStop: {{exec: {{command: [/bin/sh, -c, 'echo stopping > /proc/1/fd/1']}}}}
+"
+        ),
+    )?;
+    pod.wait_phase("Running")?;
+    wait_for("the postStart hook", crate::shared::POD, || {
+        Ok(pod.logs()?.contains("hook ran").then_some(()))
+    })?;
+    let follow = std::thread::scope(|scope| {
+        let follow = scope.spawn(|| {
+            atoll_qemu_test::process::run(
+                &mut lab.supervisor.kubectl_command(&["logs", "-f", "hooks"]),
+                crate::shared::POD,
+            )
+        });
+        wait_for("kubectl logs -f to attach", Duration::from_secs(2), || Ok(None::<()>)).ok();
+        pod.delete()?;
+        anyhow::Ok(follow.join().map_err(|_| anyhow::anyhow!("kubectl logs panicked"))??)
+    })?;
+    assert!(follow.stdout.contains("stopping") && follow.stdout.contains("got TERM"), "{follow:?}");
+    Ok(())
+}
+
+#[test]
+fn out_of_memory_is_seen() -> anyhow::Result<()> {
+    let pod = apply_pod(
+        ready_lab(),
+        "hungry",
+        &format!(
+            "  restartPolicy: Never
+  containers:
+  - name: main
+    image: {BUSYBOX}
+    command: [/bin/sh, -c, 'x=aaaaaaaaaaaaaaaa; while true; do x=$x$x; done']
+    resources: {{limits: {{memory: 32Mi}}}}
+"
+        ),
+    )?;
+    pod.wait_phase("Failed")?;
+    assert_eq!(pod.field("{.status.containerStatuses[0].state.terminated.reason}")?, "OOMKilled");
+    assert_eq!(pod.field("{.status.containerStatuses[0].state.terminated.exitCode}")?, "137");
+    Ok(())
+}
