@@ -1,1 +1,15 @@
 //! The Atoll node agent: pods to CRI calls.
+//!
+//! Flow: `config` (flags and hostd's file) → `join` (a client certificate) → `app` (owns every task) → `node`
+//! (registration, lease, status), `pods` (watch → desired → plan → apply → status) and `kubelet_api` (logs, exec).
+
+pub mod app;
+pub mod config;
+pub mod cri;
+pub mod error;
+pub mod join;
+pub mod kubelet_api;
+pub mod node;
+pub mod pods;
+
+pub use error::{Error, Result};

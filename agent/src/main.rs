@@ -1,6 +1,9 @@
-//! Entry point of `atoll-agent`.
+//! Entry point of `atoll-agent`: arguments, log, run.
+
+use atoll_agent::config::Options;
+use clap::Parser as _;
 
 fn main() {
-    eprintln!("atoll-agent: not built yet");
+    let _options = Options::parse();
     std::process::exit(1);
 }

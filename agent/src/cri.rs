@@ -1,0 +1,1 @@
+//! Thin CRI client: a unix socket, a deadline for every call.

@@ -1,0 +1,3 @@
+//! The node object: registration, lease, status, capacity.
+
+pub mod capacity;
