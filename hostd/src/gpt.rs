@@ -1,0 +1,294 @@
+//! The GUID partition table, as far as hostd needs it: find partitions, make the last one reach the disk's end. ◇
+//!
+//! Pure: bytes in, bytes out. `apply/storage.rs` reads and writes the disk. The writes come in an order that a power
+//! cut cannot spoil: first the backup at the disk's end, then the primary.
+
+/// What is wrong with a table.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum GptError {
+    /// No header, or not one that can be used.
+    #[error("there is no GPT: {0}")]
+    NotGpt(&'static str),
+    /// The checksum of the header or of the entries does not fit.
+    #[error("the checksum of its {0} does not fit: restore the table from its backup, or flash the disk again")]
+    Checksum(&'static str),
+    /// The partition to grow is not there.
+    #[error("there is no partition {0}")]
+    NoPartition(u32),
+    /// Another partition lies behind the one to grow.
+    #[error("partition {0} is not the last on the disk, so it cannot grow")]
+    NotLast(u32),
+    /// The disk ends before the table says it does.
+    #[error("the disk is smaller than the table says: the image was cut short when it was written")]
+    DiskTooSmall,
+}
+
+/// Sectors at the beginning of the disk that hold the primary table, at most: 1 MiB with 512-byte sectors.
+pub const PRIMARY_BYTES: usize = 64 * 1024;
+const SIGNATURE: &[u8; 8] = b"EFI PART";
+const ALIGNMENT: u64 = 1024 * 1024;
+
+/// One entry that is in use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Partition number, from 1.
+    pub number: u32,
+    /// Unique id, as text in the usual mixed-endian form, lower case.
+    pub uuid: String,
+    /// First sector.
+    pub first: u64,
+    /// Last sector, inclusive.
+    pub last: u64,
+    /// Label.
+    pub label: String,
+}
+
+/// A checked primary table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Table {
+    sector: usize,
+    header: Vec<u8>,
+    entries: Vec<u8>,
+    entry_size: usize,
+}
+
+/// Bytes to write, in this order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Growth {
+    /// Offset and content of each write.
+    pub writes: Vec<(u64, Vec<u8>)>,
+    /// Where the partition begins, in bytes.
+    pub start: u64,
+    /// Its new length in bytes.
+    pub length: u64,
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    bytes.get(at..at + 4).map_or(0, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
+}
+
+fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
+    bytes[at..at + value.len()].copy_from_slice(value);
+}
+
+impl Table {
+    /// Reads the primary table from the first [`PRIMARY_BYTES`] of a disk.
+    pub fn parse(start: &[u8], sector: usize) -> Result<Self, GptError> {
+        if !(512..=4096).contains(&sector) || !sector.is_power_of_two() {
+            return Err(GptError::NotGpt("its sectors have an odd size"));
+        }
+        let header = start.get(sector..2 * sector).ok_or(GptError::NotGpt("the disk is too small"))?.to_vec();
+        if &header[..8] != SIGNATURE {
+            return Err(GptError::NotGpt("the signature is missing"));
+        }
+        let size = u32_at(&header, 12) as usize;
+        if !(92..=512).contains(&size) {
+            return Err(GptError::NotGpt("its header has an odd size"));
+        }
+        if header_checksum(&header) != u32_at(&header, 16) {
+            return Err(GptError::Checksum("header"));
+        }
+        let (count, entry_size) = (u32_at(&header, 80) as usize, u32_at(&header, 84) as usize);
+        if !(128..=1024).contains(&entry_size) || !entry_size.is_power_of_two() || count == 0 || count > 512 {
+            return Err(GptError::NotGpt("its entries have an odd size or number"));
+        }
+        if u64_at(&header, 24) != 1 || u64_at(&header, 72) != 2 {
+            return Err(GptError::NotGpt("its entries are not behind its header"));
+        }
+        let entries = start.get(2 * sector..2 * sector + count * entry_size);
+        let entries = entries.ok_or(GptError::NotGpt("the disk is too small"))?.to_vec();
+        if crc32fast::hash(&entries) != u32_at(&header, 88) {
+            return Err(GptError::Checksum("entries"));
+        }
+        Ok(Self { sector, header, entries, entry_size })
+    }
+
+    /// The entries in use.
+    pub fn entries(&self) -> Vec<Entry> {
+        let all = self.entries.chunks_exact(self.entry_size).enumerate();
+        let used = all.filter(|(_, bytes)| bytes[..16] != [0; 16]);
+        used.map(|(i, bytes)| Entry {
+            number: i as u32 + 1,
+            uuid: uuid_text(&bytes[16..32]),
+            first: u64_at(bytes, 32),
+            last: u64_at(bytes, 40),
+            label: label_text(&bytes[56..128]),
+        })
+        .collect()
+    }
+
+    /// What to write so that partition `number` reaches the end of a disk of `disk_bytes`; `None` when it does.
+    pub fn grow(&self, number: u32, disk_bytes: u64) -> Result<Option<Growth>, GptError> {
+        let entries = self.entries();
+        let entry = entries.iter().find(|e| e.number == number).ok_or(GptError::NoPartition(number))?;
+        if entries.iter().any(|other| other.number != number && other.last >= entry.first) {
+            return Err(GptError::NotLast(number));
+        }
+        let sector = self.sector as u64;
+        let table_sectors = (self.entries.len() as u64).div_ceil(sector);
+        let disk_sectors = disk_bytes / sector;
+        // Header in the last sector, its entries before it.
+        let last_usable = disk_sectors.checked_sub(table_sectors + 2).ok_or(GptError::DiskTooSmall)?;
+        if entry.first > last_usable || entry.last < entry.first {
+            return Err(GptError::DiskTooSmall);
+        }
+        let aligned = (last_usable + 1) / (ALIGNMENT / sector) * (ALIGNMENT / sector);
+        let new_last = aligned.max(1) - 1;
+        if new_last <= entry.last {
+            return if entry.last <= last_usable { Ok(None) } else { Err(GptError::DiskTooSmall) };
+        }
+        let mut bytes = self.entries.clone();
+        put(&mut bytes, (number as usize - 1) * self.entry_size + 40, &new_last.to_le_bytes());
+        let backup_entries_at = last_usable + 1;
+        let primary = self.header_for(&bytes, 1, disk_sectors - 1, 2, last_usable);
+        let backup = self.header_for(&bytes, disk_sectors - 1, 1, backup_entries_at, last_usable);
+        Ok(Some(Growth {
+            writes: vec![
+                (backup_entries_at * sector, bytes.clone()),
+                ((disk_sectors - 1) * sector, backup),
+                (2 * sector, bytes),
+                (sector, primary),
+            ],
+            start: entry.first * sector,
+            length: (new_last + 1 - entry.first) * sector,
+        }))
+    }
+
+    fn header_for(&self, entries: &[u8], own: u64, other: u64, entries_at: u64, last_usable: u64) -> Vec<u8> {
+        let mut header = self.header.clone();
+        put(&mut header, 24, &own.to_le_bytes());
+        put(&mut header, 32, &other.to_le_bytes());
+        put(&mut header, 48, &last_usable.to_le_bytes());
+        put(&mut header, 72, &entries_at.to_le_bytes());
+        put(&mut header, 88, &crc32fast::hash(entries).to_le_bytes());
+        let checksum = header_checksum(&header);
+        put(&mut header, 16, &checksum.to_le_bytes());
+        header
+    }
+}
+
+/// The checksum of a header, taken with its own field as zero.
+fn header_checksum(header: &[u8]) -> u32 {
+    let size = (u32_at(header, 12) as usize).min(header.len());
+    let mut copy = header[..size].to_vec();
+    put(&mut copy, 16, &[0; 4]);
+    crc32fast::hash(&copy)
+}
+
+fn uuid_text(b: &[u8]) -> String {
+    let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
+    let swapped = |bytes: &[u8]| bytes.iter().rev().map(|b| format!("{b:02x}")).collect::<String>();
+    [swapped(&b[0..4]), swapped(&b[4..6]), swapped(&b[6..8]), hex(&b[8..10]), hex(&b[10..16])].join("-")
+}
+
+fn label_text(bytes: &[u8]) -> String {
+    let units = bytes.chunks_exact(2).map(|c| u16::from_le_bytes([c[0], c[1]])).take_while(|u| *u != 0);
+    char::decode_utf16(units).map(|c| c.unwrap_or(char::REPLACEMENT_CHARACTER)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// A disk of `sectors` with partitions (first, last, label).
+    fn disk(sectors: u64, partitions: &[(u64, u64, &str)]) -> Vec<u8> {
+        let mut bytes = vec![0; PRIMARY_BYTES];
+        for (i, (first, last, label)) in partitions.iter().enumerate() {
+            let at = 1024 + 128 * i;
+            put(&mut bytes, at, &[1; 16]);
+            put(&mut bytes, at + 16, &[i as u8 + 1; 16]);
+            put(&mut bytes, at + 32, &first.to_le_bytes());
+            put(&mut bytes, at + 40, &last.to_le_bytes());
+            for (j, unit) in label.encode_utf16().enumerate() {
+                put(&mut bytes, at + 56 + 2 * j, &unit.to_le_bytes());
+            }
+        }
+        put(&mut bytes, 512, SIGNATURE);
+        put(&mut bytes, 520, &0x10000u32.to_le_bytes());
+        put(&mut bytes, 524, &92u32.to_le_bytes());
+        for (at, value) in [(24, 1), (32, sectors - 1), (40, 34), (48, sectors - 34), (72, 2)] {
+            put(&mut bytes, 512 + at, &u64::to_le_bytes(value));
+        }
+        put(&mut bytes, 512 + 80, &128u32.to_le_bytes());
+        put(&mut bytes, 512 + 84, &128u32.to_le_bytes());
+        let crc = crc32fast::hash(&bytes[1024..1024 + 128 * 128]);
+        put(&mut bytes, 512 + 88, &crc.to_le_bytes());
+        let crc = header_checksum(&bytes[512..1024]);
+        put(&mut bytes, 512 + 16, &crc.to_le_bytes());
+        bytes
+    }
+
+    #[test]
+    fn entries_are_read() {
+        let table = Table::parse(&disk(100_000, &[(2048, 4095, "ESP"), (4096, 8191, "DATA")]), 512).unwrap();
+        let entries = table.entries();
+        assert_eq!((entries[1].number, entries[1].label.as_str(), entries[1].first), (2, "DATA", 4096));
+        assert_eq!(entries[0].uuid, "01010101-0101-0101-0101-010101010101");
+    }
+
+    #[test]
+    fn only_the_last_partition_grows_and_only_when_there_is_room() {
+        let table = Table::parse(&disk(100_000, &[(2048, 4095, "ESP"), (4096, 8191, "DATA")]), 512).unwrap();
+        assert_eq!(table.grow(1, 100_000 * 512), Err(GptError::NotLast(1)));
+        assert_eq!(table.grow(3, 100_000 * 512), Err(GptError::NoPartition(3)));
+        assert_eq!(table.grow(2, 8000 * 512), Err(GptError::DiskTooSmall));
+        assert_eq!(table.grow(2, (8192 + 33) * 512), Ok(None));
+    }
+
+    fn write_all(bytes: &mut [u8], growth: &Growth, count: usize) {
+        for (at, content) in growth.writes.iter().take(count) {
+            put(bytes, *at as usize, content);
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn no_bytes_make_the_parser_panic(bytes in proptest::collection::vec(any::<u8>(), 0..3000), edits in
+            proptest::collection::vec((0usize..2000, any::<u8>()), 0..8)) {
+            let _ = Table::parse(&bytes, 512);
+            let mut bytes = disk(100_000, &[(2048, 4095, "ESP"), (4096, 8191, "DATA")]);
+            for (at, byte) in edits { bytes[512 + at] = byte; }
+            // Also past the checksums, as if someone had made a hostile table.
+            let crc = crc32fast::hash(&bytes[1024..1024 + 128 * 128]);
+            put(&mut bytes, 512 + 88, &crc.to_le_bytes());
+            let crc = header_checksum(&bytes[512..1024]);
+            put(&mut bytes, 512 + 16, &crc.to_le_bytes());
+            if let Ok(table) = Table::parse(&bytes, 512) {
+                for entry in table.entries() { let _ = table.grow(entry.number, 200_000 * 512); }
+            }
+        }
+
+        #[test]
+        fn growing_keeps_all_but_the_end_and_is_done_once(extra in 2200u64..9000) {
+            let sectors = 12_288 + extra;
+            let mut bytes = disk(12_288, &[(2048, 4095, "ESP"), (4096, 8191, "DATA")]);
+            bytes.resize(sectors as usize * 512, 0);
+            let before = Table::parse(&bytes, 512).unwrap();
+            let growth = before.grow(2, sectors * 512).unwrap().unwrap();
+            write_all(&mut bytes, &growth, 4);
+            let after = Table::parse(&bytes, 512).unwrap();
+            let (old, new) = (before.entries(), after.entries());
+            prop_assert_eq!(&old[0], &new[0]);
+            prop_assert_eq!((&old[1].uuid, old[1].first, &old[1].label), (&new[1].uuid, new[1].first, &new[1].label));
+            prop_assert!(new[1].last > old[1].last && new[1].last + 34 <= sectors);
+            prop_assert_eq!(growth.length, (new[1].last + 1 - new[1].first) * 512);
+            prop_assert_eq!(after.grow(2, sectors * 512), Ok(None));
+            // The backup is a table of its own that says the same.
+            let at = (sectors as usize - 1) * 512;
+            prop_assert_eq!(header_checksum(&bytes[at..at + 512]), u32_at(&bytes, at + 16));
+            let entries_at = u64_at(&bytes, at + 72) as usize * 512;
+            prop_assert_eq!(&bytes[entries_at..entries_at + 128 * 128], &bytes[1024..1024 + 128 * 128]);
+            // After a power cut before the primary is touched, the old table still holds.
+            let mut cut = disk(12_288, &[(2048, 4095, "ESP"), (4096, 8191, "DATA")]);
+            cut.resize(sectors as usize * 512, 0);
+            write_all(&mut cut, &growth, 2);
+            prop_assert_eq!(Table::parse(&cut, 512).unwrap().entries(), old);
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! What to do, decided without doing it: `plan(desired, observed)` returns steps, in order. ◇
+
+pub mod network;
