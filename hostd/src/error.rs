@@ -1,7 +1,6 @@
 //! What can go wrong in hostd: every message names the operation, the object and, where there is one, the remedy.
 
 use std::io;
-use std::path::Path;
 
 /// An operation that failed.
 #[derive(Debug, thiserror::Error)]
@@ -72,14 +71,6 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub(crate) trait Context<T> {
     /// Names what was tried, and on what.
     fn context(self, operation: &'static str, object: impl std::fmt::Display) -> Result<T>;
-
-    /// The same for a path.
-    fn at(self, operation: &'static str, path: &Path) -> Result<T>
-    where
-        Self: Sized,
-    {
-        self.context(operation, path.display())
-    }
 }
 
 impl<T> Context<T> for io::Result<T> {

@@ -1,0 +1,4 @@
+//! Does the steps that `plan` decided, and says how each went. Decides nothing itself.
+
+pub mod network;
+pub mod storage;

@@ -1,0 +1,182 @@
+//! Keeps the clock right: asks the time servers, steps the clock once, then adjusts it gradually.
+//!
+//! Called by the app, which sends the list of servers and reads [`Clock`]. TLS needs the time, so hostd is not ready
+//! before the first answer, or a deadline.
+
+use crate::error::{Context, Result};
+use crate::sntp::{self, Sample};
+use crate::sys;
+use std::net::SocketAddr;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::net::UdpSocket;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, timeout};
+
+/// How long one server may take.
+const ANSWER: Duration = Duration::from_secs(2);
+/// How long looking up a server's name may take.
+const LOOKUP: Duration = Duration::from_secs(5);
+/// Offsets beyond this are stepped, not slewed; the kernel slews no more than half a second.
+const STEP: i128 = 400_000_000;
+/// Before this moment (2025-01-01) no Atoll existed, so no clock is right that says so.
+const NOT_BEFORE: i128 = 1_735_689_600_000_000_000;
+/// Pause after a round without an answer: doubles up to the second value.
+const RETRY: (u64, u64) = (2, 64);
+/// Seconds between two rounds when all is well, as powers of two.
+const POLL: (u8, u8) = (6, 10);
+
+/// What is known of the clock.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Clock {
+    /// No server is known: the machine's own clock is trusted.
+    NoServer,
+    /// Servers are being asked.
+    Asking,
+    /// None of the servers gave a usable answer, and why the last did not.
+    Unreachable(String),
+    /// Set from a server.
+    Synchronised {
+        /// Which.
+        server: String,
+    },
+}
+
+/// Whether this process may change the machine's clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Authority {
+    /// It sets the clock.
+    Set,
+    /// It only says what it would do: on a development machine.
+    Report,
+}
+
+/// Asks for ever. `servers` are names or addresses, an optional port with a colon after an address or name.
+pub async fn run(authority: Authority, mut servers: watch::Receiver<Vec<String>>, changes: mpsc::Sender<Clock>) {
+    let mut stepped = false;
+    let mut poll = POLL.0;
+    let mut retry = RETRY.0;
+    loop {
+        let list = servers.borrow_and_update().clone();
+        let (clock, pause) = match round(&list).await {
+            _ if list.is_empty() => (Clock::NoServer, Duration::from_secs(3600)),
+            Ok((server, sample)) => {
+                let result = adjust(authority, sample, stepped, poll);
+                stepped = true;
+                poll = if sample.offset.abs() < STEP / 8 { (poll + 1).min(POLL.1) } else { POLL.0 };
+                retry = RETRY.0;
+                let clock = match result {
+                    Ok(()) => Clock::Synchronised { server },
+                    Err(error) => Clock::Unreachable(crate::error::chain(&error)),
+                };
+                (clock, Duration::from_secs(1 << poll))
+            }
+            Err(reason) => {
+                let pause = Duration::from_secs(retry);
+                retry = (retry * 2).min(RETRY.1);
+                (Clock::Unreachable(reason), pause)
+            }
+        };
+        if changes.send(clock).await.is_err() {
+            return;
+        }
+        // Cancel-safe: sleeping and `changed` lose nothing when dropped.
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            changed = servers.changed() => if changed.is_err() { return },
+        }
+    }
+}
+
+/// Asks all servers at once and takes the answer with the least delay.
+async fn round(servers: &[String]) -> Result<(String, Sample), String> {
+    let mut tasks = tokio::task::JoinSet::new();
+    for server in servers.iter().take(8) {
+        let server = server.clone();
+        tasks.spawn(async move {
+            let result = ask(&server).await;
+            (server, result)
+        });
+    }
+    let (mut best, mut reason): (Option<(String, Sample)>, String) = (None, "no time server answered".into());
+    while let Some(joined) = tasks.join_next().await {
+        match joined {
+            Ok((server, Ok(sample))) if best.as_ref().is_none_or(|(_, b)| sample.delay < b.delay) => {
+                best = Some((server, sample));
+            }
+            Ok((_, Ok(_))) => {}
+            Ok((server, Err(why))) => reason = format!("{server}: {why}"),
+            Err(error) => reason = error.to_string(),
+        }
+    }
+    best.ok_or(reason)
+}
+
+async fn ask(server: &str) -> Result<Sample, String> {
+    let has_port = server.parse::<SocketAddr>().is_ok() || (server.matches(':').count() == 1);
+    let bare = server.parse::<std::net::Ipv6Addr>().is_ok();
+    let name = if has_port { server.to_owned() } else if bare { format!("[{server}]:123") } else { format!("{server}:123") };
+    let found = timeout(LOOKUP, tokio::net::lookup_host(name)).await;
+    let found = found.map_err(|_| "its name was not found in time".to_owned())?;
+    let addresses: Vec<SocketAddr> = found.map_err(|error| format!("its name is not known: {error}"))?.take(2).collect();
+    let mut reason = "its name has no address".to_owned();
+    for address in addresses {
+        match timeout(ANSWER, exchange(address)).await {
+            Ok(Ok(sample)) => return Ok(sample),
+            Ok(Err(why)) => reason = why,
+            Err(_) => reason = format!("no answer within {} s", ANSWER.as_secs()),
+        }
+    }
+    Err(reason)
+}
+
+async fn exchange(server: SocketAddr) -> Result<Sample, String> {
+    let local: SocketAddr = if server.is_ipv4() { ([0; 4], 0).into() } else { ([0u16; 8], 0).into() };
+    let io = |error: std::io::Error| error.to_string();
+    let socket = UdpSocket::bind(local).await.map_err(io)?;
+    socket.connect(server).await.map_err(io)?;
+    let mut nonce = [0; 8];
+    // Even without randomness the answer must come from the address that was asked.
+    let _ = rustix::rand::getrandom(&mut nonce, rustix::rand::GetRandomFlags::empty());
+    let nonce = u64::from_ne_bytes(nonce);
+    let (asked, began) = (now(), Instant::now());
+    socket.send(&sntp::request(nonce)).await.map_err(io)?;
+    let mut buffer = [0; 128];
+    loop {
+        let length = socket.recv(&mut buffer).await.map_err(io)?;
+        // Measured on the clock that nobody sets meanwhile.
+        let answered = asked + began.elapsed().as_nanos() as i128;
+        match sntp::parse(&buffer[..length], nonce) {
+            Ok(answer) => return Ok(answer.sample(asked, answered, NOT_BEFORE)),
+            Err(sntp::Refusal::NotOurs) => {}
+            Err(refusal) => return Err(refusal.to_string()),
+        }
+    }
+}
+
+/// Nanoseconds since 1970 on our clock.
+fn now() -> i128 {
+    match SystemTime::now().duration_since(UNIX_EPOCH) {
+        Ok(since) => since.as_nanos() as i128,
+        Err(before) => -(before.duration().as_nanos() as i128),
+    }
+}
+
+fn adjust(authority: Authority, sample: Sample, stepped: bool, poll: u8) -> Result<()> {
+    let seconds = sample.offset as f64 / 1e9;
+    let step = !stepped || sample.offset.abs() > STEP;
+    if authority == Authority::Report {
+        tracing::info!(seconds, step, "the clock would be adjusted; this process may not");
+        return Ok(());
+    }
+    if step {
+        let target = now() + sample.offset;
+        let time = rustix::time::Timespec {
+            tv_sec: target.div_euclid(1_000_000_000) as i64,
+            tv_nsec: target.rem_euclid(1_000_000_000) as i64,
+        };
+        rustix::time::clock_settime(rustix::time::ClockId::Realtime, time).context("set", "the clock")?;
+        tracing::info!(seconds = format!("{seconds:+.3}"), "clock set");
+    }
+    let rest = if step { 0.0 } else { seconds };
+    sys::slew_clock(rest, poll).context("adjust", "the clock")
+}

@@ -1,0 +1,443 @@
+//! Partitions and volumes: from what the disks hold to the steps that make them the host's storage. ◇
+//!
+//! Invariant: nothing is formatted unless its beginning holds no known signature, and only a partition that carries
+//! our label on the disk the host booted from is touched at all.
+
+use std::fmt;
+use std::path::PathBuf;
+
+/// The user the agent runs as.
+pub const AGENT_UID: u32 = 800;
+/// Space behind DATA that is worth growing into, in bytes.
+const WORTH_GROWING: u64 = 4 << 20;
+
+/// A disk as it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Disk {
+    /// Its device.
+    pub device: PathBuf,
+    /// Its size.
+    pub bytes: u64,
+    /// Whether it can be pulled out.
+    pub removable: bool,
+    /// Its partitions.
+    pub partitions: Vec<Partition>,
+}
+
+/// A partition as it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Partition {
+    /// Its device.
+    pub device: PathBuf,
+    /// Its number.
+    pub number: u32,
+    /// Its GPT label.
+    pub label: String,
+    /// Its unique id, lower case, when it is known.
+    pub uuid: Option<String>,
+    /// Where it begins, in bytes.
+    pub start: u64,
+    /// Its size.
+    pub bytes: u64,
+    /// What is on it.
+    pub content: Content,
+}
+
+/// What the beginning of a partition looks like.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Content {
+    /// No known signature.
+    #[default]
+    Blank,
+    /// An ext4 file system of this many bytes.
+    Ext4(u64),
+    /// A FAT file system.
+    Fat,
+    /// Something else, by name.
+    Other(&'static str),
+    /// It could not be read.
+    Unreadable(String),
+}
+
+/// What hostd saw of the host's storage.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Observed {
+    /// The disks.
+    pub disks: Vec<Disk>,
+    /// The partition the firmware loaded the system from, lower case; `None` when it does not say.
+    pub boot_partition: Option<String>,
+    /// Where something is mounted.
+    pub mounted: Vec<PathBuf>,
+}
+
+/// Where things belong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Targets {
+    /// The EFI system partition.
+    pub esp: PathBuf,
+    /// STATE.
+    pub state: PathBuf,
+    /// DATA.
+    pub data: PathBuf,
+}
+
+/// How a file system is mounted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mounting {
+    /// FAT, read-only, nothing executable.
+    Esp,
+    /// ext4, writable.
+    Ext4,
+}
+
+/// A step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// Make a partition reach the end of its disk.
+    GrowPartition {
+        /// The disk.
+        disk: PathBuf,
+        /// The partition's number.
+        number: u32,
+    },
+    /// Make an ext4 file system on a blank partition.
+    Format {
+        /// The partition.
+        device: PathBuf,
+        /// Its label.
+        label: &'static str,
+    },
+    /// Check and mend a file system.
+    Check {
+        /// The partition.
+        device: PathBuf,
+    },
+    /// Mount a partition.
+    Mount {
+        /// The partition.
+        device: PathBuf,
+        /// Where.
+        target: PathBuf,
+        /// How.
+        how: Mounting,
+    },
+    /// Make a mounted file system fill its partition.
+    GrowFilesystem {
+        /// The partition.
+        device: PathBuf,
+    },
+    /// Use memory where there is no disk.
+    MountMemory {
+        /// Where.
+        target: PathBuf,
+        /// Share of the memory.
+        percent: u8,
+    },
+    /// Make a directory, with this owner and mode.
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// Its mode.
+        mode: u32,
+        /// Its owner and group.
+        owner: u32,
+    },
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::GrowPartition { disk, number } => {
+                write!(f, "grow partition {number} to the end of {}", disk.display())
+            }
+            Self::Format { device, label } => write!(f, "format {} as {label} (ext4)", device.display()),
+            Self::Check { device } => write!(f, "check {}", device.display()),
+            Self::Mount { device, target, how: Mounting::Esp } => {
+                write!(f, "mount {} at {} read-only", device.display(), target.display())
+            }
+            Self::Mount { device, target, how: Mounting::Ext4 } => {
+                write!(f, "mount {} at {}", device.display(), target.display())
+            }
+            Self::GrowFilesystem { device } => write!(f, "grow the file system on {}", device.display()),
+            Self::MountMemory { target, percent } => {
+                write!(f, "use up to {percent} % of memory at {}", target.display())
+            }
+            Self::Directory { path, mode, owner } => {
+                write!(f, "directory {} mode {mode:04o} owner {owner}", path.display())
+            }
+        }
+    }
+}
+
+/// What to do, and what to tell.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// The steps.
+    pub steps: Vec<Step>,
+    /// What a person should know; empty when all is as it should be.
+    pub notes: Vec<String>,
+    /// Whether what is stored survives a reboot.
+    pub persistent: bool,
+}
+
+/// Which disk the host booted from, if any has our partitions.
+pub fn boot_disk(observed: &Observed) -> Result<Option<&Disk>, String> {
+    let has = |disk: &Disk, label: &str| disk.partitions.iter().any(|p| p.label == label);
+    let mut ours: Vec<&Disk> = observed.disks.iter().filter(|d| has(d, "STATE") && has(d, "DATA")).collect();
+    if let Some(uuid) = &observed.boot_partition {
+        let is_boot = |d: &&&Disk| d.partitions.iter().any(|p| p.uuid.as_ref() == Some(uuid));
+        if let Some(disk) = ours.iter().find(is_boot) {
+            return Ok(Some(disk));
+        }
+    }
+    if ours.len() > 1 && ours.iter().any(|d| !d.removable) {
+        ours.retain(|d| !d.removable);
+    }
+    match ours[..] {
+        [] => Ok(None),
+        [disk] => Ok(Some(disk)),
+        _ => {
+            let names: Vec<String> = ours.iter().map(|d| d.device.display().to_string()).collect();
+            Err(format!(
+                "{} all have partitions STATE and DATA and the firmware does not say which of them booted: remove all \
+                 but one",
+                names.join(", ")
+            ))
+        }
+    }
+}
+
+/// The steps that make the host's storage.
+pub fn plan(observed: &Observed, targets: &Targets) -> Result<Plan, String> {
+    let mut plan = Plan::default();
+    match boot_disk(observed)? {
+        Some(disk) => {
+            plan.persistent = true;
+            plan_disk(disk, observed, targets, &mut plan)?;
+        }
+        None => {
+            for (target, percent) in [(&targets.state, 5), (&targets.data, 50)] {
+                if !observed.mounted.contains(target) {
+                    plan.steps.push(Step::MountMemory { target: target.clone(), percent });
+                }
+            }
+            plan.notes.push(
+                "no disk with partitions STATE and DATA: running from memory, nothing is kept; flash a disk with \
+                 atoll.raw"
+                    .into(),
+            );
+        }
+    }
+    directories(targets, &mut plan);
+    Ok(plan)
+}
+
+fn plan_disk(disk: &Disk, observed: &Observed, targets: &Targets, plan: &mut Plan) -> Result<(), String> {
+    let find = |label: &str| disk.partitions.iter().find(|p| p.label == label);
+    if let Some(esp) = find("ESP")
+        && !observed.mounted.contains(&targets.esp)
+    {
+        plan.steps.push(Step::Mount { device: esp.device.clone(), target: targets.esp.clone(), how: Mounting::Esp });
+    }
+    for (label, target) in [("STATE", &targets.state), ("DATA", &targets.data)] {
+        let Some(partition) = find(label) else { continue };
+        if observed.mounted.contains(target) {
+            continue;
+        }
+        let grow = label == "DATA" && room_behind(disk, partition) >= WORTH_GROWING;
+        if grow {
+            plan.steps.push(Step::GrowPartition { disk: disk.device.clone(), number: partition.number });
+        }
+        plan_volume(partition, label, target, grow, plan)?;
+    }
+    Ok(())
+}
+
+/// Bytes between the end of the partition, when it is the last, and the backup table at the end of the disk.
+fn room_behind(disk: &Disk, partition: &Partition) -> u64 {
+    let last = disk.partitions.iter().all(|p| p.start <= partition.start);
+    let end = partition.start + partition.bytes;
+    if last { disk.bytes.saturating_sub(end) } else { 0 }
+}
+
+fn plan_volume(
+    partition: &Partition,
+    label: &'static str,
+    target: &std::path::Path,
+    grown: bool,
+    plan: &mut Plan,
+) -> Result<(), String> {
+    let device = partition.device.clone();
+    let mut smaller = false;
+    match &partition.content {
+        Content::Blank => plan.steps.push(Step::Format { device: device.clone(), label }),
+        Content::Ext4(bytes) => {
+            smaller = grown || bytes + WORTH_GROWING < partition.bytes;
+            plan.steps.push(Step::Check { device: device.clone() });
+        }
+        Content::Fat => return Err(foreign(partition, label, "a FAT file system")),
+        Content::Other(what) => return Err(foreign(partition, label, what)),
+        Content::Unreadable(why) => return Err(format!("cannot read {} ({label}): {why}", device.display())),
+    }
+    plan.steps.push(Step::Mount { device: device.clone(), target: target.to_owned(), how: Mounting::Ext4 });
+    if smaller {
+        plan.steps.push(Step::GrowFilesystem { device });
+    }
+    Ok(())
+}
+
+fn foreign(partition: &Partition, label: &str, what: &str) -> String {
+    let device = partition.device.display();
+    format!(
+        "{device} ({label}) holds {what}, not ext4, and is left as it is: save what is on it, then clear its first \
+         megabyte, and boot again"
+    )
+}
+
+fn directories(targets: &Targets, plan: &mut Plan) {
+    let all = [
+        (targets.state.join("machine"), 0o700, 0),
+        (targets.state.join("agent"), 0o700, AGENT_UID),
+        (targets.data.join("images"), 0o700, 0),
+        (targets.data.join("sandboxes"), 0o700, 0),
+        (targets.data.join("pods"), 0o750, AGENT_UID),
+        (targets.data.join("log"), 0o750, AGENT_UID),
+    ];
+    plan.steps.extend(all.map(|(path, mode, owner)| Step::Directory { path, mode, owner }));
+}
+
+/// What the first bytes of a partition say is on it. 128 KiB are enough to see everything that is looked for.
+pub fn content(start: &[u8]) -> Content {
+    let at = |offset: usize, magic: &[u8]| start.get(offset..offset + magic.len()) == Some(magic);
+    if at(1080, &[0x53, 0xef]) {
+        let word = |o: usize| start.get(o..o + 4).map_or(0, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+        let blocks = u64::from(word(1028)) | u64::from(word(1024 + 0x150)) << 32;
+        let block_size = 1024u64.checked_shl(word(1048)).unwrap_or(0);
+        return Content::Ext4(blocks.saturating_mul(block_size));
+    }
+    if at(510, &[0x55, 0xaa]) && (at(82, b"FAT32") || at(54, b"FAT1")) {
+        return Content::Fat;
+    }
+    let known: [(usize, &[u8], &'static str); 13] = [
+        (0, b"LUKS\xba\xbe", "an encrypted volume (LUKS)"),
+        (0, b"XFSB", "an XFS file system"),
+        (0, b"hsqs", "a squashfs file system"),
+        (1024, &[0xe2, 0xe1, 0xf5, 0xe0], "an erofs file system"),
+        (1024, &[0x10, 0x20, 0xf5, 0xf2], "an F2FS file system"),
+        (512, b"LABELONE", "an LVM volume"),
+        (4086, b"SWAPSPACE2", "swap space"),
+        (4096, &[0xfc, 0x4e, 0x2b, 0xa9], "a RAID member"),
+        (65600, b"_BHRfS_M", "a btrfs file system"),
+        (3, b"NTFS    ", "an NTFS file system"),
+        (3, b"EXFAT   ", "an exFAT file system"),
+        (512, b"EFI PART", "a partition table"),
+        (32769, b"CD001", "a CD image"),
+    ];
+    let found = known.iter().find(|(offset, magic, _)| at(*offset, magic));
+    found.map_or(Content::Blank, |(_, _, name)| Content::Other(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn targets() -> Targets {
+        Targets { esp: "/esp".into(), state: "/state".into(), data: "/data".into() }
+    }
+
+    fn disk(name: &str, contents: [Content; 2]) -> Disk {
+        let partition = |number: u32, label: &str, start: u64, bytes: u64, content| Partition {
+            device: format!("/dev/{name}{number}").into(),
+            number,
+            label: label.into(),
+            uuid: Some(format!("{name}-{number}")),
+            start: start << 20,
+            bytes: bytes << 20,
+            content,
+        };
+        let [state, data] = contents;
+        Disk {
+            device: format!("/dev/{name}").into(),
+            bytes: 1 << 30,
+            removable: false,
+            partitions: vec![
+                partition(1, "ESP", 1, 300, Content::Fat),
+                partition(2, "STATE", 301, 64, state),
+                partition(3, "DATA", 365, 64, data),
+            ],
+        }
+    }
+
+    fn steps(observed: &Observed) -> Vec<String> {
+        let plan = plan(observed, &targets()).unwrap();
+        plan.steps.iter().map(ToString::to_string).filter(|s| !s.starts_with("directory")).collect()
+    }
+
+    #[test]
+    fn the_first_boot_grows_formats_and_mounts() {
+        let observed = Observed { disks: vec![disk("vda", [Content::Blank, Content::Blank])], ..Default::default() };
+        assert_eq!(steps(&observed), [
+            "mount /dev/vda1 at /esp read-only",
+            "format /dev/vda2 as STATE (ext4)",
+            "mount /dev/vda2 at /state",
+            "grow partition 3 to the end of /dev/vda",
+            "format /dev/vda3 as DATA (ext4)",
+            "mount /dev/vda3 at /data",
+        ]);
+    }
+
+    #[test]
+    fn later_boots_check_and_mount_and_a_grown_disk_is_used() {
+        let mut vda = disk("vda", [Content::Ext4(64 << 20), Content::Ext4(64 << 20)]);
+        vda.bytes = (430 << 20) + 1024;
+        let mut observed = Observed { disks: vec![vda], ..Default::default() };
+        let usual = [
+            "mount /dev/vda1 at /esp read-only",
+            "check /dev/vda2",
+            "mount /dev/vda2 at /state",
+            "check /dev/vda3",
+            "mount /dev/vda3 at /data",
+        ];
+        assert_eq!(steps(&observed), usual);
+        observed.disks[0].bytes = 2 << 30;
+        let grown = steps(&observed);
+        assert_eq!(grown[3], "grow partition 3 to the end of /dev/vda");
+        assert_eq!(grown.last().unwrap(), "grow the file system on /dev/vda3");
+        observed.mounted = vec!["/esp".into(), "/state".into(), "/data".into()];
+        assert_eq!(steps(&observed), [""; 0]);
+    }
+
+    #[test]
+    fn foreign_data_is_never_formatted() {
+        let luks = disk("vda", [Content::Ext4(0), Content::Other("an encrypted volume (LUKS)")]);
+        let error = plan(&Observed { disks: vec![luks], ..Default::default() }, &targets()).unwrap_err();
+        assert!(error.starts_with("/dev/vda3 (DATA) holds an encrypted volume"), "{error}");
+    }
+
+    #[test]
+    fn the_disk_that_booted_is_taken() {
+        let blank = || [Content::Blank, Content::Blank];
+        let mut observed = Observed { disks: vec![disk("sda", blank()), disk("sdb", blank())], ..Default::default() };
+        assert!(plan(&observed, &targets()).unwrap_err().contains("/dev/sda, /dev/sdb"));
+        observed.boot_partition = Some("sdb-1".into());
+        assert_eq!(steps(&observed)[0], "mount /dev/sdb1 at /esp read-only");
+        observed.boot_partition = None;
+        observed.disks[0].removable = true;
+        assert_eq!(steps(&observed)[0], "mount /dev/sdb1 at /esp read-only");
+    }
+
+    #[test]
+    fn without_a_disk_it_runs_from_memory_and_says_so() {
+        let found = plan(&Observed::default(), &targets()).unwrap();
+        assert!(!found.persistent && found.notes[0].contains("nothing is kept"));
+        assert_eq!(found.steps[0].to_string(), "use up to 5 % of memory at /state");
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..3000)) {
+            let _ = content(&bytes);
+        }
+    }
+}
