@@ -1,1 +1,0 @@
-//! PID 1 inside an Atoll microVM.

@@ -1,0 +1,475 @@
+//! Moves the bytes of one process: its pipes or terminal on one side, a stream to the runtime on the other.
+//!
+//! ```text
+//!            ┌── no stream: output waits in the pipe, the process blocks when it is full
+//! process ───┤
+//!            └── stream: pipe ─► one packet ─► stream, next read when it is gone
+//!
+//! process ended and pipes empty ─► end marks (─► exit code, exec only) ─► thread ends
+//! ```
+//!
+//! One thread for each process. At most one packet is held in each direction, so a slow runtime slows the
+//! process and nothing else. A new stream replaces the one before; what the old one had not taken whole is sent
+//! again on the new one.
+
+use crate::log;
+use crate::reap::Ending;
+use crate::transport::Connection;
+use atoll_spec::guest::{Channel, MAX_PACKET};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::Errno;
+use rustix::termios::{Winsize, tcsetwinsize};
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Bytes read from a pipe at once.
+const CHUNK: usize = 32 * 1024;
+const HEADER: usize = 5;
+/// How long an ended process's output may stay silent while something else holds its pipe open.
+const QUIET: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
+
+/// PID 1's ends of a process's stdio.
+#[derive(Default)]
+pub struct Ports {
+    /// Write end of its input.
+    pub stdin: Option<OwnedFd>,
+    /// Read end of its output.
+    pub stdout: Option<OwnedFd>,
+    /// Read end of its error output.
+    pub stderr: Option<OwnedFd>,
+    /// Master of its terminal: input and output at once.
+    pub terminal: Option<OwnedFd>,
+}
+
+/// What the process is to its pump.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// A container: its output waits for a stream as long as it takes.
+    Container,
+    /// An exec: it has one stream, which ends with the exit code; without it nobody wants its output.
+    Exec,
+}
+
+/// Handle to a running pump.
+pub struct Pump {
+    wake: OwnedFd,
+    inbox: Mutex<Inbox>,
+}
+
+#[derive(Default)]
+struct Inbox {
+    connection: Option<Connection>,
+    closed: bool,
+    finished: bool,
+}
+
+impl Pump {
+    /// Starts the thread. `on_exit` runs once, as soon as the process has ended.
+    pub fn start(
+        role: Role,
+        ports: Ports,
+        connection: Option<Connection>,
+        ending: Arc<Ending>,
+        on_exit: impl FnOnce(i32) + Send + 'static,
+    ) -> std::io::Result<Arc<Self>> {
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let inbox = Mutex::new(Inbox { connection, ..Inbox::default() });
+        let pump = Arc::new(Self { wake, inbox });
+        let shared = Arc::clone(&pump);
+        std::thread::Builder::new().name("stdio".into()).spawn(move || {
+            let mut mover = Mover::new(role, ports, &ending);
+            mover.run(&shared, on_exit);
+            let left = {
+                let mut inbox = shared.lock();
+                inbox.finished = true;
+                inbox.connection.take()
+            };
+            if let Some(connection) = left {
+                say_ended(connection);
+            }
+        })?;
+        Ok(pump)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Inbox> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives it a new stream, in place of the one it has. When all has been said already, the stream says so and ends.
+    pub fn connect(&self, connection: Connection) {
+        let mut inbox = self.lock();
+        if inbox.finished {
+            drop(inbox);
+            say_ended(connection);
+        } else {
+            inbox.connection = Some(connection);
+            self.notify();
+        }
+    }
+
+    /// Ends the thread, whatever has not been sent.
+    pub fn close(&self) {
+        self.lock().closed = true;
+        self.notify();
+    }
+
+    fn notify(&self) {
+        // Adding 1 to an eventfd cannot fail short of 2^64.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+}
+
+/// Tells a stream that came too late that there is nothing more.
+fn say_ended(mut connection: Connection) {
+    let mut text = packet(Channel::Stdout, &[]);
+    text.extend(packet(Channel::Stderr, &[]));
+    // The runtime may have gone again; then it asks again.
+    let _ = connection.write_all(&text);
+}
+
+/// One packet.
+pub fn packet(channel: Channel, payload: &[u8]) -> Vec<u8> {
+    let mut packet = Vec::with_capacity(HEADER + payload.len());
+    packet.push(channel as u8);
+    // At most MAX_PACKET.
+    packet.extend((payload.len() as u32).to_le_bytes());
+    packet.extend(payload);
+    packet
+}
+
+/// An output channel of the process.
+struct Output {
+    channel: Channel,
+    port: Option<OwnedFd>,
+    /// Whether the present stream knows that it has ended.
+    marked: bool,
+}
+
+struct Mover<'a> {
+    role: Role,
+    ending: &'a Ending,
+    stdin: Option<OwnedFd>,
+    terminal: Option<OwnedFd>,
+    outputs: Vec<Output>,
+    connection: Option<Connection>,
+    /// Packet on its way to the runtime, and how much of it has gone.
+    outgoing: (Vec<u8>, usize),
+    incoming: Vec<u8>,
+    input: Vec<u8>,
+    close_input: bool,
+    exit_sent: bool,
+}
+
+/// What became ready.
+struct Ready {
+    wake: bool,
+    stream_in: bool,
+    stream_gone: bool,
+    outputs: Vec<bool>,
+    quiet: bool,
+}
+
+impl<'a> Mover<'a> {
+    fn new(role: Role, ports: Ports, ending: &'a Ending) -> Self {
+        let copy = |fd: &OwnedFd| rustix::io::fcntl_dupfd_cloexec(fd, 3).ok();
+        let (stdout, stdin) = match &ports.terminal {
+            Some(terminal) => (copy(terminal), copy(terminal)),
+            None => (ports.stdout, ports.stdin),
+        };
+        let mut outputs = vec![Output { channel: Channel::Stdout, port: stdout, marked: false }];
+        if ports.terminal.is_none() {
+            outputs.push(Output { channel: Channel::Stderr, port: ports.stderr, marked: false });
+        }
+        for fd in outputs.iter().filter_map(|output| output.port.as_ref()).chain(&stdin) {
+            set_nonblocking(fd);
+        }
+        Self {
+            role,
+            ending,
+            stdin,
+            terminal: ports.terminal,
+            outputs,
+            connection: None,
+            outgoing: (Vec::new(), 0),
+            incoming: Vec::new(),
+            input: Vec::new(),
+            close_input: false,
+            exit_sent: false,
+        }
+    }
+
+    fn run(&mut self, pump: &Pump, on_exit: impl FnOnce(i32)) {
+        let mut on_exit = Some(on_exit);
+        loop {
+            {
+                let mut inbox = pump.lock();
+                if inbox.closed && self.ending.code().is_some() {
+                    return self.told(&mut on_exit);
+                }
+                if let Some(connection) = inbox.connection.take() {
+                    self.adopt(connection);
+                }
+            }
+            self.told(&mut on_exit);
+            self.refill();
+            if self.finished() {
+                return;
+            }
+            match self.wait(pump) {
+                Ok(ready) => self.act(pump, &ready),
+                Err(Errno::INTR) => {}
+                Err(error) => {
+                    log::line(&format!("moving the output of a process failed: {error}"));
+                    return;
+                }
+            }
+        }
+    }
+
+    fn told(&self, on_exit: &mut Option<impl FnOnce(i32)>) {
+        if let Some(code) = self.ending.code()
+            && let Some(on_exit) = on_exit.take()
+        {
+            on_exit(code);
+        }
+    }
+
+    fn adopt(&mut self, connection: Connection) {
+        if let Err(error) = connection.set_nonblocking(true) {
+            log::line(&format!("a stream cannot be used: {error}"));
+            return;
+        }
+        self.connection = Some(connection);
+        self.outgoing.1 = 0;
+        self.incoming.clear();
+        self.outputs.iter_mut().for_each(|output| output.marked = false);
+    }
+
+    /// Lost its stream: a container goes on, an exec has lost its purpose.
+    fn disconnect(&mut self) {
+        self.connection = None;
+        if self.role == Role::Exec {
+            self.stdin = None;
+            self.terminal = None;
+            self.outputs.iter_mut().for_each(|output| output.port = None);
+            self.exit_sent = true;
+            self.outgoing = (Vec::new(), 0);
+        }
+    }
+
+    /// Puts end marks and the exit code into the free packet.
+    fn refill(&mut self) {
+        if !self.outgoing.0.is_empty() || self.connection.is_none() {
+            return;
+        }
+        if let Some(output) = self.outputs.iter_mut().find(|output| output.port.is_none() && !output.marked) {
+            output.marked = true;
+            self.outgoing = (packet(output.channel, &[]), 0);
+        } else if self.role == Role::Exec
+            && !self.exit_sent
+            && self.outputs.iter().all(|output| output.marked)
+            && let Some(code) = self.ending.code()
+        {
+            self.exit_sent = true;
+            self.outgoing = (packet(Channel::Exit, &code.to_le_bytes()), 0);
+        }
+    }
+
+    fn finished(&self) -> bool {
+        let said = match self.role {
+            Role::Exec => self.exit_sent,
+            Role::Container => self.outputs.iter().all(|output| output.port.is_none() && output.marked),
+        };
+        said && self.outgoing.0.is_empty() && self.ending.code().is_some()
+    }
+
+    fn wait(&self, pump: &Pump) -> Result<Ready, Errno> {
+        let mut polled = vec![PollFd::new(&pump.wake, PollFlags::IN)];
+        let wake_of_ending = self.ending.wake();
+        let ended = self.ending.code().is_some();
+        if !ended {
+            polled.push(PollFd::new(&wake_of_ending, PollFlags::IN));
+        }
+        let stream_at = polled.len();
+        if let Some(connection) = &self.connection {
+            let mut wanted = PollFlags::empty();
+            wanted.set(PollFlags::IN, self.input.is_empty() && !self.close_input);
+            wanted.set(PollFlags::OUT, !self.outgoing.0.is_empty());
+            polled.push(PollFd::new(connection, wanted));
+        }
+        let outputs_at = polled.len();
+        let reading = self.connection.is_some() && self.outgoing.0.is_empty();
+        let mut watched = Vec::new();
+        for (index, output) in self.outputs.iter().enumerate() {
+            if let (true, Some(port)) = (reading, &output.port) {
+                watched.push(index);
+                polled.push(PollFd::new(port, PollFlags::IN));
+            }
+        }
+        if let (false, Some(stdin)) = (self.input.is_empty(), &self.stdin) {
+            polled.push(PollFd::new(stdin, PollFlags::OUT));
+        }
+        // Only silence with nothing held back counts as the end of what an ended process had to say.
+        let timeout = (ended && reading).then_some(&QUIET);
+        let count = poll(&mut polled, timeout)?;
+        let stream = (outputs_at > stream_at).then(|| polled[stream_at].revents());
+        let mut outputs = vec![false; self.outputs.len()];
+        for (offset, index) in watched.iter().enumerate() {
+            outputs[*index] = !polled[outputs_at + offset].revents().is_empty();
+        }
+        Ok(Ready {
+            wake: !polled[0].revents().is_empty(),
+            stream_in: stream.is_some_and(|events| events.contains(PollFlags::IN)),
+            stream_gone: stream.is_some_and(|events| {
+                events.intersects(PollFlags::HUP | PollFlags::ERR) && !events.contains(PollFlags::IN)
+            }),
+            outputs,
+            quiet: count == 0,
+        })
+    }
+
+    fn act(&mut self, pump: &Pump, ready: &Ready) {
+        if ready.wake {
+            // Non-blocking, and read only to make it quiet again.
+            let _ = rustix::io::read(&pump.wake, &mut [0; 8]);
+        }
+        if ready.stream_in {
+            self.take_from_stream();
+        } else if ready.stream_gone {
+            self.disconnect();
+        }
+        self.write_input();
+        if let Some(index) = ready.outputs.iter().position(|ready| *ready) {
+            self.read_output(index);
+        } else if ready.quiet {
+            self.outputs.iter_mut().for_each(|output| output.port = None);
+        }
+        self.write_outgoing();
+    }
+
+    fn read_output(&mut self, index: usize) {
+        let output = &mut self.outputs[index];
+        let Some(port) = &output.port else { return };
+        let mut buffer = [0; CHUNK];
+        match rustix::io::read(port, &mut buffer) {
+            // A terminal whose other end is closed everywhere says EIO.
+            Ok(0) | Err(Errno::IO) => output.port = None,
+            Ok(count) => {
+                self.outgoing = (packet(output.channel, &buffer[..count]), 0);
+                // The other channel gets its turn next time.
+                self.outputs.rotate_left(1);
+            }
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(error) => {
+                log::line(&format!("cannot read the output of a process: {error}"));
+                output.port = None;
+            }
+        }
+    }
+
+    fn write_outgoing(&mut self) {
+        let (bytes, done) = &mut self.outgoing;
+        let Some(connection) = &mut self.connection else { return };
+        while *done < bytes.len() {
+            match connection.write(&bytes[*done..]) {
+                Ok(count) => *done += count,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(_) => return self.disconnect(),
+            }
+        }
+        self.outgoing = (Vec::new(), 0);
+    }
+
+    fn take_from_stream(&mut self) {
+        let Some(connection) = &mut self.connection else { return };
+        let mut buffer = [0; CHUNK];
+        match connection.read(&mut buffer) {
+            Ok(0) => return self.disconnect(),
+            Ok(count) => self.incoming.extend(&buffer[..count]),
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => return,
+            Err(_) => return self.disconnect(),
+        }
+        while let Some((channel, payload, rest)) = next_packet(&self.incoming) {
+            match Channel::try_from(channel) {
+                Ok(Channel::Stdin) if payload.is_empty() => self.close_input = true,
+                Ok(Channel::Stdin) => self.input.extend(payload),
+                Ok(Channel::Resize) => resize(self.terminal.as_ref(), payload),
+                _ => {}
+            }
+            self.incoming = rest.to_vec();
+        }
+        if self.incoming.len() > HEADER + MAX_PACKET {
+            log::line("the runtime sent a packet that is too long");
+            self.disconnect();
+        }
+    }
+
+    fn write_input(&mut self) {
+        while let (Some(stdin), false) = (&self.stdin, self.input.is_empty()) {
+            match rustix::io::write(stdin, &self.input) {
+                Ok(count) => drop(self.input.drain(..count)),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return,
+                // The process reads no more.
+                Err(_) => self.stdin = None,
+            }
+        }
+        if self.stdin.is_none() {
+            self.input.clear();
+        }
+        if self.close_input {
+            // A terminal has no end of input to give; hanging it up would kill the process.
+            if self.terminal.is_none() {
+                self.stdin = None;
+            }
+            self.close_input = false;
+        }
+    }
+}
+
+fn set_nonblocking(fd: &OwnedFd) {
+    let flags = rustix::fs::fcntl_getfl(fd).map(|flags| flags | rustix::fs::OFlags::NONBLOCK);
+    if let Err(error) = flags.and_then(|flags| rustix::fs::fcntl_setfl(fd, flags)) {
+        log::line(&format!("cannot make a pipe non-blocking: {error}"));
+    }
+}
+
+fn resize(terminal: Option<&OwnedFd>, payload: &[u8]) {
+    let (Some(terminal), [c0, c1, r0, r1]) = (terminal, payload) else { return };
+    let size = Winsize {
+        ws_col: u16::from_le_bytes([*c0, *c1]),
+        ws_row: u16::from_le_bytes([*r0, *r1]),
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // The terminal may have been hung up: then its size matters to nobody.
+    let _ = tcsetwinsize(terminal.as_fd(), size);
+}
+
+/// Splits a whole packet off: channel, payload, rest.
+fn next_packet(bytes: &[u8]) -> Option<(u8, &[u8], &[u8])> {
+    let (header, rest) = bytes.split_at_checked(HEADER)?;
+    let length = u32::from_le_bytes([header[1], header[2], header[3], header[4]]);
+    let length = usize::try_from(length).ok()?;
+    let (payload, rest) = rest.split_at_checked(length)?;
+    Some((header[0], payload, rest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packets_split_where_they_were_joined() {
+        let mut bytes = packet(Channel::Stdin, b"abc");
+        bytes.extend(packet(Channel::Resize, &[80, 0, 24, 0]));
+        let (channel, payload, rest) = next_packet(&bytes).unwrap();
+        assert_eq!((channel, payload), (0, &b"abc"[..]));
+        let (channel, payload, rest) = next_packet(rest).unwrap();
+        assert_eq!((channel, payload.len(), rest.len()), (3, 4, 0));
+        assert!(next_packet(&bytes[..6]).is_none());
+        assert!(next_packet(&[0, 255, 255, 255, 255, 0]).is_none());
+    }
+}
