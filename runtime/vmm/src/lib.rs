@@ -51,7 +51,10 @@ pub fn run() -> Result<(i32, Option<String>)> {
         Ok(mut machine) => {
             machine.run();
             server.answer_boot(peer, &VmReply::Ok);
-            server.serve(&machine)
+            let outcome = server.serve(&machine);
+            // The threads still use it, and the process is about to exit: the kernel takes everything back at once.
+            std::mem::forget(machine);
+            outcome
         }
         Err(error) => {
             server.answer_boot(peer, &VmReply::Error { message: error.chain() });

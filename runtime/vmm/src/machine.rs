@@ -110,7 +110,7 @@ impl Machine {
         Ok(())
     }
 
-    fn vcpu_loop(&self, id: u8, vcpu: Vcpu) -> Result<Box<dyn FnOnce() + Send>> {
+    fn vcpu_loop(&self, id: u8, mut vcpu: Vcpu) -> Result<Box<dyn FnOnce() + Send>> {
         let (bus, gate, counters) = (self.bus.clone(), self.gate.clone(), self.counters.clone());
         let ending = self.ending.clone();
         let ended = self.ended.try_clone().map_err(Error::system("copy the event of the machine's end"))?;

@@ -115,8 +115,9 @@ impl Vcpu {
         Ok(Self { fd })
     }
 
-    /// Runs until the machine ends. Called on the processor's own thread.
-    pub fn run(mut self, id: u8, bus: &Bus, gate: &Gate, counters: &Counters) -> End {
+    /// Runs until the machine ends. Called on the processor's own thread, which keeps the processor after that too: its
+    /// filter does not let it close descriptors.
+    pub fn run(&mut self, id: u8, bus: &Bus, gate: &Gate, counters: &Counters) -> End {
         loop {
             gate.pass();
             match self.step(id, bus, counters) {
