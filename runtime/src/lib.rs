@@ -1,3 +1,19 @@
 //! The Atoll microVM runtime: a CRI v1 server.
+//!
+//! ```text
+//! CRI RPC ─► cri (translation) ─► Command ─► service (one owner of all state) ─► vm ─► atoll-vmm, guest
+//!                                               └► images, volumes, logs, streaming
+//! ```
+//!
+//! Imports point one way, `cri → service → vm`; a lower module answers, or sends on a channel.
 
+pub mod config;
+pub mod console;
+pub mod error;
 pub mod images;
+pub mod logs;
+pub mod service;
+pub mod spec;
+pub mod sys;
+pub mod vm;
+pub mod volumes;

@@ -1,4 +1,4 @@
-//! The system calls that have no safe wrapper: the tap ioctl, the clone of a VMM and the wait for it.
+//! The system calls that have no safe wrapper: the tap ioctl, the clone of a VMM, watching a descriptor.
 //!
 //! Called by `vm::jail` and `vm::network`. Invariant: all `unsafe` of this crate outside the unpack helper is here.
 
@@ -6,6 +6,7 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
+use tokio::io::unix::AsyncFd;
 
 /// Flag of clone3(2); the constant of `libc` is too narrow for it.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
@@ -27,6 +28,12 @@ pub fn attach_tap(tun: BorrowedFd<'_>, name: &str) -> io::Result<()> {
     // SAFETY: the descriptor is open for the call, and the kernel reads and writes one ifreq, which lives on this stack.
     let result = unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &mut request) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Registers a non-blocking descriptor with the event loop.
+pub fn watch_fd(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: the AsyncFd owns the descriptor, nobody can reach it mutably, and an OwnedFd stays open until it is dropped.
+    unsafe { AsyncFd::register(fd) }.map_err(io::Error::from)
 }
 
 /// A process to start apart from ours: in its own pid namespace and cgroup, with no descriptor but the given.

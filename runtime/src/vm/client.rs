@@ -52,7 +52,7 @@ impl VmmClient {
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
             let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
             rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
-            AsyncFd::register(socket)
+            crate::sys::watch_fd(socket)
         };
         let socket = make().map_err(Error::io("connect to", path))?;
         Ok(Self { sandbox: sandbox.clone(), socket: Mutex::new(Some(socket)) })

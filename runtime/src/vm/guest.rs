@@ -142,6 +142,13 @@ impl GuestLink {
         (number, Expected { receiver, sandbox: self.sandbox.clone() })
     }
 
+    /// A stream that the guest was asked for before a restart of the runtime.
+    pub fn expect_number(&self, number: u64) -> Expected {
+        let (sender, receiver) = oneshot::channel();
+        self.lock().streams.insert(number, sender);
+        Expected { receiver, sandbox: self.sandbox.clone() }
+    }
+
     /// A call that names a stream, and the stream.
     pub async fn call_for_stream(
         &self,

@@ -17,7 +17,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch};
 
 /// Exit status of a VMM that was not our child: it is known to have ended, not how.
@@ -43,7 +42,7 @@ impl VmmProcess {
         let (sender, exit) = watch::channel(None);
         let pidfd = Arc::new(pidfd);
         let copy = pidfd.try_clone().map_err(Error::os("watch", &format!("process {pid}")))?;
-        let watched = AsyncFd::register(copy).map_err(Error::os("watch", &format!("process {pid}")))?;
+        let watched = crate::sys::watch_fd(copy).map_err(Error::os("watch", &format!("process {pid}")))?;
         // Ends with the process.
         tokio::spawn(async move {
             let _ = watched.readable().await; // a pidfd becomes readable when its process has ended

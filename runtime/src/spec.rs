@@ -98,6 +98,13 @@ pub struct SandboxSpec {
     pub scratch_volumes: Vec<ScratchVolume>,
 }
 
+impl SandboxSpec {
+    /// Host name of the guest.
+    pub fn guest_hostname(&self) -> &str {
+        if self.hostname.is_empty() { &self.name.name } else { &self.hostname }
+    }
+}
+
 /// What a mount shows, as asked for; `volumes` decides how.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MountSpec {
@@ -144,6 +151,21 @@ pub struct Resources {
 }
 
 impl Resources {
+    /// Takes over what `new` sets.
+    pub fn change(&mut self, new: Resources) {
+        let set = |old: &mut i64, new: i64| {
+            if new != 0 {
+                *old = new;
+            }
+        };
+        set(&mut self.cpu_period, new.cpu_period);
+        set(&mut self.cpu_quota, new.cpu_quota);
+        set(&mut self.cpu_shares, new.cpu_shares);
+        set(&mut self.memory_bytes, new.memory_bytes);
+        set(&mut self.oom_score_adj, new.oom_score_adj);
+        self.unified.extend(new.unified);
+    }
+
     /// As limits of the guest's cgroup.
     pub fn limits(&self) -> Limits {
         let positive = |value: i64| u64::try_from(value).ok().filter(|v| *v > 0);

@@ -1,0 +1,277 @@
+//! Container logs in the CRI format: `<RFC3339Nano> stdout|stderr P|F message`.
+//!
+//! One writer task per running container, fed by `console`. [`Lines`] is pure and turns bytes into log lines; [`LogWriter`]
+//! owns the file and reopens it after a rotation. Invariants: a log line holds at most [`LINE_BYTES`] of the message;
+//! bytes come out in the order they came in, none missing; only the last piece of a line is marked `F`.
+
+use crate::error::{Error, Result};
+use bytes::Bytes;
+use std::path::{Path, PathBuf};
+use tokio::io::AsyncWriteExt;
+use tokio::sync::{mpsc, oneshot};
+
+/// Longest message in one log line.
+pub const LINE_BYTES: usize = 16 * 1024;
+
+/// Which stream a line came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// Standard output, or the terminal.
+    Stdout,
+    /// Standard error.
+    Stderr,
+}
+
+impl Source {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Stdout => "stdout",
+            Self::Stderr => "stderr",
+        }
+    }
+}
+
+/// Cuts both streams into log lines.
+#[derive(Debug, Default)]
+pub struct Lines {
+    stdout: Vec<u8>,
+    stderr: Vec<u8>,
+}
+
+impl Lines {
+    /// Takes output; appends finished log lines, stamped `time`, to `out`.
+    pub fn feed(&mut self, source: Source, mut data: &[u8], time: &str, out: &mut Vec<u8>) {
+        let held = match source {
+            Source::Stdout => &mut self.stdout,
+            Source::Stderr => &mut self.stderr,
+        };
+        while !data.is_empty() {
+            let room = LINE_BYTES - held.len();
+            let end = data.iter().take(room + 1).position(|b| *b == b'\n');
+            match end {
+                Some(end) => {
+                    held.extend_from_slice(&data[..end]);
+                    emit(source, 'F', held, time, out);
+                    data = &data[end + 1..];
+                }
+                None if data.len() > room => {
+                    held.extend_from_slice(&data[..room]);
+                    emit(source, 'P', held, time, out);
+                    data = &data[room..];
+                }
+                None => {
+                    held.extend_from_slice(data);
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Ends a stream: what was not ended by a newline becomes a line.
+    pub fn end(&mut self, source: Source, time: &str, out: &mut Vec<u8>) {
+        let held = match source {
+            Source::Stdout => &mut self.stdout,
+            Source::Stderr => &mut self.stderr,
+        };
+        if !held.is_empty() {
+            emit(source, 'F', held, time, out);
+        }
+    }
+}
+
+fn emit(source: Source, tag: char, held: &mut Vec<u8>, time: &str, out: &mut Vec<u8>) {
+    out.extend_from_slice(format!("{time} {} {tag} ", source.name()).as_bytes());
+    out.append(held);
+    out.push(b'\n');
+}
+
+/// The time as log lines have it.
+fn now() -> String {
+    format!("{:.9}", jiff::Timestamp::now())
+}
+
+enum Message {
+    Data(Source, Bytes),
+    End(Source),
+    Reopen(oneshot::Sender<Result<()>>),
+}
+
+/// Handle of a writer task; the task ends when all handles are gone, and has then written everything.
+#[derive(Clone)]
+pub struct LogWriter {
+    sender: mpsc::Sender<Message>,
+}
+
+/// Resolves when the writer has written everything and is gone.
+pub type Finished = tokio::task::JoinHandle<()>;
+
+impl LogWriter {
+    /// Opens the log, and its directory where it is missing, and starts the writer.
+    pub async fn open(path: &Path) -> Result<(Self, Finished)> {
+        let file = open(path).await?;
+        let (sender, receiver) = mpsc::channel(64);
+        let task = tokio::spawn(write_all(path.to_owned(), file, receiver));
+        Ok((Self { sender }, task))
+    }
+
+    /// Output of the container. Waits while the disk is slow, which in turn slows the container down.
+    pub async fn data(&self, source: Source, data: Bytes) {
+        let _ = self.sender.send(Message::Data(source, data)).await; // the writer only ends with its handles
+    }
+
+    /// A stream has ended.
+    pub async fn end(&self, source: Source) {
+        let _ = self.sender.send(Message::End(source)).await; // as above
+    }
+
+    /// Opens the file again: it has been rotated away.
+    pub async fn reopen(&self) -> Result<()> {
+        let (sender, receiver) = oneshot::channel();
+        let stopping = |()| Error::Stopping;
+        self.sender.send(Message::Reopen(sender)).await.map_err(|_| stopping(()))?;
+        receiver.await.map_err(|_| stopping(()))?
+    }
+}
+
+async fn open(path: &Path) -> Result<tokio::fs::File> {
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent).map_err(Error::io("make", parent))?;
+    }
+    let mut options = tokio::fs::OpenOptions::new();
+    // Logs can hold anything: readable by root and the owner's group only.
+    options.create(true).append(true).mode(0o640).open(path).await.map_err(Error::io("open log", path))
+}
+
+async fn write_all(path: PathBuf, mut file: tokio::fs::File, mut messages: mpsc::Receiver<Message>) {
+    let mut lines = Lines::default();
+    let mut out = Vec::new();
+    let mut failed = false;
+    let mut batch = Vec::new();
+    while messages.recv_many(&mut batch, 32).await > 0 {
+        let mut reopened = Vec::new();
+        let time = now();
+        for message in batch.drain(..) {
+            match message {
+                Message::Data(source, data) => lines.feed(source, &data, &time, &mut out),
+                Message::End(source) => lines.end(source, &time, &mut out),
+                Message::Reopen(reply) => {
+                    failed = !flush(&path, &mut file, &mut out, failed).await;
+                    reopened.push(reply);
+                }
+            }
+        }
+        failed = !flush(&path, &mut file, &mut out, failed).await;
+        for reply in reopened {
+            let result = open(&path).await.map(|new| file = new);
+            let _ = reply.send(result); // the caller may have given up
+        }
+    }
+    for source in [Source::Stdout, Source::Stderr] {
+        lines.end(source, &now(), &mut out);
+    }
+    flush(&path, &mut file, &mut out, failed).await;
+}
+
+/// Writes what is waiting; a full disk loses output rather than blocking the container for ever, and is told once.
+async fn flush(path: &Path, file: &mut tokio::fs::File, out: &mut Vec<u8>, told: bool) -> bool {
+    if out.is_empty() {
+        return !told;
+    }
+    let result = async {
+        file.write_all(out).await?;
+        file.flush().await
+    };
+    let result = result.await;
+    out.clear();
+    if let Err(error) = &result
+        && !told
+    {
+        tracing::error!(path = %path.display(), %error, "cannot write a container's log: output is lost");
+    }
+    result.is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Reads log lines back into the stream.
+    fn parse(log: &[u8], source: &str) -> Vec<u8> {
+        let mut data = Vec::new();
+        let mut rest = log;
+        while !rest.is_empty() {
+            // A message can hold no newline, so lines end at the first.
+            let end = rest.iter().position(|b| *b == b'\n').unwrap();
+            let line = &rest[..end];
+            rest = &rest[end + 1..];
+            let mut fields = line.splitn(4, |b| *b == b' ');
+            let (time, name, tag, message) =
+                (fields.next().unwrap(), fields.next().unwrap(), fields.next().unwrap(), fields.next().unwrap());
+            assert_eq!(time, b"T");
+            assert!(message.len() <= LINE_BYTES);
+            if name != source.as_bytes() {
+                continue;
+            }
+            data.extend_from_slice(message);
+            if tag == b"F" {
+                data.push(b'\n');
+            }
+        }
+        data
+    }
+
+    proptest! {
+        #[test]
+        fn logs_hold_exactly_what_was_written(
+            pieces in proptest::collection::vec(
+                (any::<bool>(), proptest::collection::vec(prop_oneof![Just(b'\n'), any::<u8>()], 0..40), 1usize..2000),
+                0..40,
+            )
+        ) {
+            let mut lines = Lines::default();
+            let (mut log, mut stdout, mut stderr) = (Vec::new(), Vec::new(), Vec::new());
+            for (is_out, seed, repeat) in pieces {
+                let data = seed.repeat(repeat);
+                let (source, all) = if is_out { (Source::Stdout, &mut stdout) } else { (Source::Stderr, &mut stderr) };
+                all.extend_from_slice(&data);
+                lines.feed(source, &data, "T", &mut log);
+            }
+            lines.end(Source::Stdout, "T", &mut log);
+            lines.end(Source::Stderr, "T", &mut log);
+            for (name, mut all) in [("stdout", stdout), ("stderr", stderr)] {
+                if all.last().is_some_and(|b| *b != b'\n') {
+                    all.push(b'\n');
+                }
+                prop_assert_eq!(parse(&log, name), all);
+            }
+        }
+    }
+
+    #[test]
+    fn a_line_of_exactly_the_limit_is_one_line() {
+        let mut lines = Lines::default();
+        let mut log = Vec::new();
+        let mut data = vec![b'x'; LINE_BYTES];
+        data.push(b'\n');
+        lines.feed(Source::Stdout, &data, "T", &mut log);
+        assert!(log.starts_with(b"T stdout F x"));
+        assert_eq!(log.iter().filter(|b| **b == b'\n').count(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_rotated_log_goes_on_in_a_new_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("c/0.log");
+        let (writer, finished) = LogWriter::open(&path).await.unwrap();
+        writer.data(Source::Stdout, Bytes::from_static(b"one\n")).await;
+        writer.reopen().await.unwrap();
+        std::fs::rename(&path, path.with_extension("1")).unwrap();
+        writer.reopen().await.unwrap();
+        writer.data(Source::Stderr, Bytes::from_static(b"two")).await;
+        drop(writer);
+        finished.await.unwrap();
+        assert!(std::fs::read_to_string(path.with_extension("1")).unwrap().ends_with(" stdout F one\n"));
+        assert!(std::fs::read_to_string(&path).unwrap().ends_with(" stderr F two\n"));
+    }
+}

@@ -1,0 +1,289 @@
+//! The slow work of the service: what waits for a guest, a VMM, a disk.
+//!
+//! Spawned by the owner, one job per request, so no pod waits for another. A job changes no state: it answers a result,
+//! which the owner applies. Invariants: every wait has a deadline; a failed creation leaves nothing behind in the guest
+//! or the image store.
+
+use crate::console::Console;
+use crate::error::{Error, Result, within};
+use crate::images::Image;
+use crate::logs::LogWriter;
+use crate::service::Shared;
+use crate::service::owner::Done;
+use crate::service::process::{self, SIGKILL, SIGTERM};
+use crate::spec::{ContainerSpec, MountSpec, Resources, SandboxSpec};
+use crate::vm::guest::Expected;
+use crate::vm::pod::{CALL_DEADLINE, PodVm};
+use crate::volumes::watch::{self, Watched};
+use crate::volumes::{self, Served};
+use atoll_spec::guest::{self, Call, GuestErrorKind, Layer, MountSource, Process, Reply};
+use atoll_spec::ids::{ContainerId, SandboxId};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Deadline of creating and starting in the guest.
+const CREATE_DEADLINE: Duration = Duration::from_secs(60);
+/// How long the last output of a container may take to reach the log.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a killed container may take to end.
+const KILL_DEADLINE: Duration = Duration::from_secs(20);
+
+/// Making a container.
+pub(super) struct Making {
+    pub shared: Arc<Shared>,
+    pub vm: Arc<PodVm>,
+    pub id: ContainerId,
+    pub spec: ContainerSpec,
+    pub sandbox: SandboxSpec,
+    pub known_trees: Vec<String>,
+    pub stdio_stream: u64,
+}
+
+/// A container that was made.
+pub(super) struct Made {
+    pub image_id: String,
+    pub image_ref: String,
+    pub process: Process,
+    pub stop_signal: i32,
+    pub copy_back: Vec<(String, PathBuf)>,
+    pub trees: Vec<(String, PathBuf, Watched)>,
+    pub extents: BTreeMap<String, Layer>,
+}
+
+impl Making {
+    pub async fn run(self) -> Result<Made> {
+        let result = self.make().await;
+        if result.is_err() {
+            self.shared.images.release(self.id.as_str());
+        }
+        result
+    }
+
+    fn image(&self, name: &str) -> Result<Image> {
+        let missing = || crate::images::ImageError::NotFound(name.to_owned());
+        Ok(self.shared.images.status(name).ok_or_else(missing)?)
+    }
+
+    async fn map(&self, image: &Image) -> Result<Vec<Layer>> {
+        let files = self.shared.images.hold(self.id.as_str(), &image.id)?;
+        self.vm.map(&files).await
+    }
+
+    async fn make(&self) -> Result<Made> {
+        let image = self.image(&self.spec.image)?;
+        let process = process::container_process(&self.spec, &image.config, self.sandbox.guest_hostname())?;
+        let layers = self.map(&image).await?;
+        let mut served = Vec::with_capacity(self.spec.mounts.len());
+        for mount in &self.spec.mounts {
+            served.push((mount, volumes::classify(mount, &self.sandbox.scratch_volumes)?));
+        }
+        let trees = self.publish(&served).await?;
+        let mut mounts = Vec::with_capacity(served.len());
+        let mut copy_back = Vec::new();
+        for (mount, how) in served {
+            let source = match how {
+                Served::Scratch(source) => source,
+                Served::Tree { name, .. } => MountSource::Tree { tree: name, sub_path: String::new() },
+                Served::Image { image } => {
+                    let image = self.image(&image)?;
+                    MountSource::Image { layers: self.map(&image).await? }
+                }
+                Served::File { path, copy_back: back } => {
+                    let source = volumes::read_file(&path)?;
+                    if back {
+                        copy_back.push((mount.container_path.clone(), path));
+                    }
+                    source
+                }
+            };
+            let target = mount.container_path.clone();
+            mounts.push(guest::Mount { target, source, read_only: mount.read_only });
+        }
+        let call = Call::CreateContainer(Box::new(self.guest_spec(layers, process.clone(), mounts)));
+        self.vm.link.call(call, CREATE_DEADLINE).await?;
+        Ok(Made {
+            image_id: image.id.to_string(),
+            image_ref: image.repo_digests.first().cloned().unwrap_or_else(|| image.id.to_string()),
+            process,
+            stop_signal: process::signal_number(&image.config.stop_signal).unwrap_or(SIGTERM),
+            copy_back,
+            trees,
+            extents: self.vm.extents().await,
+        })
+    }
+
+    /// Publishes the trees that the pod does not have yet.
+    async fn publish(&self, served: &[(&MountSpec, Served)]) -> Result<Vec<(String, PathBuf, Watched)>> {
+        let mut trees: Vec<(String, PathBuf, Watched)> = Vec::new();
+        for (_, how) in served {
+            let Served::Tree { name, directory } = how else { continue };
+            if self.known_trees.contains(name) || trees.iter().any(|(n, _, _)| n == name) {
+                continue;
+            }
+            let watched =
+                watch::publish_and_watch(self.vm.link.clone(), name.clone(), directory.clone()).await?;
+            trees.push((name.clone(), directory.clone(), watched));
+        }
+        Ok(trees)
+    }
+
+    fn guest_spec(&self, layers: Vec<Layer>, process: Process, mounts: Vec<guest::Mount>) -> guest::ContainerSpec {
+        let spec = &self.spec;
+        guest::ContainerSpec {
+            container: self.id.clone(),
+            layers,
+            read_only_root: spec.read_only_root,
+            process,
+            mounts,
+            limits: spec.resources.limits(),
+            masked_paths: spec.masked_paths.clone(),
+            read_only_paths: spec.read_only_paths.clone(),
+            privileged: false,
+            stdio_stream: self.stdio_stream,
+            stdin: spec.stdin,
+            stdin_once: spec.stdin_once,
+        }
+    }
+}
+
+/// Starting a container.
+pub(super) struct Starting {
+    pub vm: Arc<PodVm>,
+    pub id: ContainerId,
+    pub stdio: Option<Expected>,
+    pub log_path: Option<PathBuf>,
+    pub tty: bool,
+}
+
+impl Starting {
+    pub async fn run(self) -> Result<Arc<Console>> {
+        // First, so that a log that cannot be written is an error of the start, and nothing is lost.
+        let log = match &self.log_path {
+            Some(path) => Some(LogWriter::open(path).await?),
+            None => None,
+        };
+        let stdio = self.stdio.ok_or_else(|| Error::State(format!("container {} was started already", self.id)))?;
+        self.vm.link.call(Call::StartContainer { container: self.id.clone() }, CREATE_DEADLINE).await?;
+        let stream = stdio.take().await?;
+        Ok(Console::start(stream, self.tty, log))
+    }
+}
+
+/// The end of a container: its last output and its files.
+pub(super) struct Ending {
+    pub vm: Option<Arc<PodVm>>,
+    pub id: ContainerId,
+    pub console: Option<Arc<Console>>,
+    pub copy_back: Vec<(String, PathBuf)>,
+}
+
+impl Ending {
+    pub async fn run(self) {
+        if let Some(console) = &self.console {
+            console.drained(DRAIN_DEADLINE).await;
+        }
+        let Some(vm) = self.vm else { return };
+        for (target, path) in self.copy_back {
+            let call = Call::ReadFile { container: self.id.clone(), target };
+            let result = match vm.link.call(call, CALL_DEADLINE).await {
+                Ok(Reply::File { base64 }) => volumes::write_back(&path, &base64),
+                Ok(_) => Ok(()),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = result {
+                tracing::warn!(container = %self.id, path = %path.display(), %error, "cannot copy a file back");
+            }
+        }
+    }
+}
+
+/// Stopping a container: signal, wait, kill.
+pub(super) struct Stopping {
+    pub vm: Arc<PodVm>,
+    pub id: ContainerId,
+    pub signal: i32,
+    pub timeout: Duration,
+    pub exited: tokio::sync::watch::Receiver<bool>,
+}
+
+impl Stopping {
+    pub async fn run(mut self) -> Result<()> {
+        if !self.timeout.is_zero() {
+            self.signal(self.signal, false).await?;
+            if tokio::time::timeout(self.timeout, self.exited.wait_for(|e| *e)).await.is_ok() {
+                return Ok(());
+            }
+        }
+        self.signal(SIGKILL, true).await?;
+        let what = || format!("waiting for container {} to end after SIGKILL", self.id);
+        // An error of the wait means that the container has been forgotten, so it has ended.
+        within(KILL_DEADLINE, what, self.exited.wait_for(|e| *e)).await.map(|_| ())
+    }
+
+    async fn signal(&self, signal: i32, all: bool) -> Result<()> {
+        let call = Call::SignalContainer { container: self.id.clone(), signal, all };
+        match self.vm.link.call(call, CALL_DEADLINE).await {
+            // It has ended meanwhile, with or without its VM.
+            Err(Error::Guest { kind: GuestErrorKind::NotFound | GuestErrorKind::WrongState, .. })
+            | Err(Error::Lost { .. }) => Ok(()),
+            other => other.map(|_| ()),
+        }
+    }
+}
+
+/// Removes a container from its guest; without a VM there is nothing to remove it from.
+pub(super) async fn remove(vm: Option<Arc<PodVm>>, id: &ContainerId) -> Result<()> {
+    let Some(vm) = vm else { return Ok(()) };
+    match vm.link.call(Call::RemoveContainer { container: id.clone() }, CREATE_DEADLINE).await {
+        Err(Error::Guest { kind: GuestErrorKind::NotFound, .. }) | Err(Error::Lost { .. }) => Ok(()),
+        other => other.map(|_| ()),
+    }
+}
+
+/// Changes limits; without a VM only the record changes.
+pub(super) async fn update_limits(vm: Option<Arc<PodVm>>, id: &ContainerId, resources: &Resources) -> Result<()> {
+    let Some(vm) = vm else { return Ok(()) };
+    let call = Call::UpdateLimits { container: id.clone(), limits: resources.limits() };
+    vm.link.call(call, CALL_DEADLINE).await.map(|_| ())
+}
+
+/// Tells the guest that events up to `sequence` are kept.
+pub(super) async fn acknowledge(vm: Arc<PodVm>, sequence: u64) -> Done {
+    // When this fails, the guest sends them again, which changes nothing.
+    let _ = vm.link.call(Call::AckEvents { sequence }, CALL_DEADLINE).await;
+    Done::Nothing
+}
+
+/// Asks a guest for its containers.
+pub(super) async fn list(sandbox: SandboxId, vm: Arc<PodVm>) -> Done {
+    match vm.link.call(Call::List, CALL_DEADLINE).await {
+        Ok(Reply::Containers { containers }) => Done::Reconciled(sandbox, containers),
+        Ok(_) => Done::Nothing,
+        Err(error) => {
+            tracing::warn!(%sandbox, %error, "cannot compare containers with the guest");
+            Done::Nothing
+        }
+    }
+}
+
+/// Opens the stdio of a running container again.
+pub(super) async fn reopen_stdio(vm: Arc<PodVm>, id: ContainerId, log_path: Option<PathBuf>, tty: bool) -> Done {
+    let reopen = async {
+        let log = match &log_path {
+            Some(path) => Some(LogWriter::open(path).await?),
+            None => None,
+        };
+        let make = |stream| Call::OpenStdio { container: id.clone(), stream };
+        let (_, stream) = vm.link.call_for_stream(make, CALL_DEADLINE).await?;
+        Ok::<_, Error>(Console::start(stream, tty, log))
+    };
+    match reopen.await {
+        Ok(console) => Done::ConsoleBack(id, console),
+        Err(error) => {
+            tracing::warn!(container = %id, %error, "cannot open the output of a container again");
+            Done::Nothing
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! Sees a published tree change and sends it again.
+//!
+//! One task per tree that has a `..data` link (what Kubernetes switches when a ConfigMap, Secret or token changes).
+//! Invariant: between the start of the watch and its end no change is missed: the watch exists before the tree is read.
+
+use crate::error::{Error, Result};
+use crate::vm::guest::GuestLink;
+use crate::volumes::tree;
+use futures_util::StreamExt;
+use inotify::{Inotify, WatchMask};
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::task::AbortHandle;
+
+/// Pause before a failed sending is tried again.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// A watched tree; the watch ends with it.
+#[derive(Debug)]
+pub struct Watched(AbortHandle);
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Publishes a tree and keeps it up to date.
+pub async fn publish_and_watch(link: Arc<GuestLink>, name: String, directory: PathBuf) -> Result<Watched> {
+    let changes = changes(&directory)?;
+    tree::publish(&link, &name, &directory).await?;
+    Ok(follow(link, name, directory, changes))
+}
+
+/// Keeps a tree up to date that the guest has already, as after a restart; sends it once, as it may have changed meanwhile.
+pub fn watch_again(link: Arc<GuestLink>, name: String, directory: PathBuf) -> Result<Watched> {
+    let changes = changes(&directory)?;
+    let task = tokio::spawn(async move {
+        send_until_done(&link, &name, &directory).await;
+        follow_loop(link, name, directory, changes).await;
+    });
+    Ok(Watched(task.abort_handle()))
+}
+
+type Changes = inotify::EventStream<Vec<u8>>;
+
+fn changes(directory: &Path) -> Result<Changes> {
+    let make = || {
+        let inotify = Inotify::init()?;
+        inotify.watches().add(directory, WatchMask::CREATE | WatchMask::MOVED_TO | WatchMask::ONLYDIR)?;
+        inotify.into_event_stream(vec![0; 4096])
+    };
+    make().map_err(Error::io("watch", directory))
+}
+
+fn follow(link: Arc<GuestLink>, name: String, directory: PathBuf, changes: Changes) -> Watched {
+    Watched(tokio::spawn(follow_loop(link, name, directory, changes)).abort_handle())
+}
+
+async fn follow_loop(link: Arc<GuestLink>, name: String, directory: PathBuf, mut changes: Changes) {
+    while let Some(Ok(event)) = changes.next().await {
+        if event.name.as_deref() == Some(OsStr::new("..data")) {
+            tracing::info!(directory = %directory.display(), "volume changed, sending it to the pod");
+            send_until_done(&link, &name, &directory).await;
+        }
+    }
+}
+
+async fn send_until_done(link: &GuestLink, name: &str, directory: &Path) {
+    loop {
+        match tree::publish(link, name, directory).await {
+            Ok(()) => return,
+            // Without its VM there is nobody to send to; the service drops the watch.
+            Err(Error::Lost { .. }) => return,
+            Err(error) => tracing::warn!(directory = %directory.display(), %error, "cannot send a changed volume"),
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
