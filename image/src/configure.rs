@@ -12,8 +12,9 @@ use std::path::Path;
 /// Labels that make a disk ours, in their order.
 const LABELS: [&str; 3] = ["ESP", "STATE", "DATA"];
 
-/// Writes `config` as `machine.yaml`.
+/// Checks `config` and writes it as `machine.yaml`.
 pub fn write(disk: &Path, config: &[u8]) -> Result<()> {
+    atoll_spec::machine::document::parse(config).map_err(|e| Error::input("machine config", format!("\n{e}")))?;
     let meta = std::fs::metadata(disk).map_err(Error::file("open", disk))?;
     let mut options = OpenOptions::new();
     options.read(true).write(true);
@@ -45,6 +46,8 @@ mod tests {
     use crate::layout::{SECTOR, layout};
     use crate::profile::Disk;
 
+    const CONFIG: &[u8] = include_bytes!("../../examples/machine.yaml");
+
     fn image(dir: &Path) -> std::path::PathBuf {
         let path = dir.join("disk.raw");
         let layout = layout(Disk { esp: 40, state: 1, data: 1 });
@@ -52,7 +55,7 @@ mod tests {
         file.set_len(layout.sectors * SECTOR).unwrap();
         gpt::write(&mut file, &layout).unwrap();
         let esp = layout.partitions[0];
-        esp::make(esp::Window::new(&mut file, esp.offset(), esp.size()), &[]).unwrap();
+        esp::tests::format(esp::Window::new(&mut file, esp.offset(), esp.size()));
         path
     }
 
@@ -60,11 +63,20 @@ mod tests {
     fn the_config_lands_on_the_esp() {
         let dir = tempfile::tempdir().unwrap();
         let path = image(dir.path());
-        write(&path, b"version: v1\n").unwrap();
+        write(&path, CONFIG).unwrap();
         let mut file = File::options().read(true).write(true).open(&path).unwrap();
         let esp = find_esp(&mut file, &path).unwrap();
         let mut window = esp::Window::new(&mut file, esp.offset, esp.size);
-        assert_eq!(esp::read(&mut window, "machine.yaml").unwrap(), b"version: v1\n");
+        assert_eq!(esp::read(&mut window, "machine.yaml").unwrap(), CONFIG);
+    }
+
+    #[test]
+    fn a_wrong_config_is_not_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = image(dir.path());
+        let before = std::fs::read(&path).unwrap();
+        assert!(write(&path, b"hostnam: x\n").unwrap_err().to_string().contains("hostnam"));
+        assert!(before == std::fs::read(&path).unwrap());
     }
 
     #[test]
@@ -73,7 +85,7 @@ mod tests {
         let path = dir.path().join("other");
         let before = vec![1; 100_000];
         std::fs::write(&path, &before).unwrap();
-        let error = write(&path, b"x").unwrap_err().to_string();
+        let error = write(&path, CONFIG).unwrap_err().to_string();
         assert!(error.contains("not an Atoll disk"), "{error}");
         assert_eq!(std::fs::read(&path).unwrap(), before);
     }

@@ -115,6 +115,24 @@ pub fn plan(profile: &Profile, lock: &Lock, facts: &Facts<'_>) -> Result<Vec<Ste
     Ok(steps)
 }
 
+impl Step {
+    /// Its short name.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Fetch(_) => "Debian packages",
+            Self::GuestKernel(_) => "guest kernel",
+            Self::HostKernel { .. } => "host kernel",
+            Self::System { .. } => "system tree",
+            Self::Initramfs(_) => "initramfs",
+            Self::Uki { .. } => "unified kernel image",
+            Self::Sign => "signature",
+            Self::Disk { .. } => "disk image",
+            Self::Sbom(_) => "list of contents",
+            Self::Checksums(_) => "checksums",
+        }
+    }
+}
+
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -169,4 +187,44 @@ fn list(f: &mut fmt::Formatter<'_>, heading: &str, words: &[String]) -> fmt::Res
 /// The whole plan as text.
 pub fn to_text(steps: &[Step]) -> String {
     steps.iter().enumerate().map(|(i, step)| format!("{}. {step}\n", i + 1)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOCK: &str = include_str!("../tests/golden/debian.lock");
+
+    /// The plan of a profile must be the one in `tests/golden/`; `ATOLL_BLESS=1` rewrites the file.
+    fn check(profile: &str, available: &[&str], signed: bool) {
+        let available: Vec<String> = available.iter().map(|s| s.to_string()).collect();
+        let facts = Facts { version: "1.2.3", available: &available, signed };
+        let steps = plan(&Profile::load(profile).unwrap(), &Lock::parse(LOCK).unwrap(), &facts).unwrap();
+        let kernel = guest_kernel::key(&Lock::parse(LOCK).unwrap()).unwrap();
+        let text = to_text(&steps).replace(&kernel, "KEY");
+        let path = format!("{}/tests/golden/{profile}.plan", env!("CARGO_MANIFEST_DIR"));
+        if std::env::var_os("ATOLL_BLESS").is_some() {
+            std::fs::write(&path, &text).unwrap();
+        }
+        let golden = std::fs::read_to_string(&path).unwrap();
+        assert!(text == golden, "the plan of {profile} is not {path} (ATOLL_BLESS=1 rewrites it); it is now:\n{text}");
+    }
+
+    #[test]
+    fn the_release_plan_is_the_golden_one() {
+        check("release", &["atoll-init", "atoll-hostd", "atoll-runtime", "atoll-vmm", "atoll-agent", "atoll-guest"], true);
+    }
+
+    #[test]
+    fn the_test_plan_is_the_golden_one() {
+        check("test", &["atoll-init", "atoll-test-bridge"], false);
+    }
+
+    #[test]
+    fn an_unlocked_package_is_named() {
+        let lock = Lock::parse(&LOCK.replace("nftables ", "nftablez ")).unwrap();
+        let facts = Facts { version: "1", available: &[], signed: false };
+        let error = plan(&Profile::load("release").unwrap(), &lock, &facts).unwrap_err().to_string();
+        assert!(error.contains("no package nftables in image/debian.lock"), "{error}");
+    }
 }

@@ -12,7 +12,7 @@ const TEST: &str = include_str!("../profiles/test.yaml");
 /// Packages that every build needs beside those that a profile names: boot files, and tools that run here.
 pub const BOOT_PACKAGE: &str = "systemd-boot-efi";
 /// Packages whose programs run on the build machine.
-pub const TOOL_PACKAGES: &[&str] = &["erofs-utils", "kmod", "openssl", "osslsigncode"];
+pub const TOOL_PACKAGES: &[&str] = &["dosfstools", "erofs-utils", "kmod", "mtools", "openssl", "osslsigncode"];
 
 /// What a profile file may say.
 #[derive(Debug, Clone, Default, Deserialize)]

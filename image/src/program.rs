@@ -6,6 +6,9 @@ use crate::error::{Error, Result};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+/// 2026-01-01 00:00:00 UTC: the time of everything that must have one.
+pub const SOURCE_DATE: &str = "1767225600";
+
 /// A program to run, and the reason it runs, for messages.
 pub struct Program {
     name: String,
@@ -24,6 +27,7 @@ impl Program {
         let libraries = root.join("usr/lib/x86_64-linux-gnu");
         let mut command = Command::new(libraries.join("ld-linux-x86-64.so.2"));
         command.arg("--library-path").arg(&libraries).arg("--argv0").arg(name).arg(root.join(path));
+        command.env("GCONV_PATH", libraries.join("gconv"));
         Self { name: name.into(), purpose: purpose.into(), command }
     }
 
@@ -96,6 +100,17 @@ impl Tools {
     /// `depmod`.
     pub fn depmod(&self) -> Program {
         Program::debian(&self.0, "usr/bin/kmod", "depmod", "index the kernel modules")
+    }
+
+    /// `mkfs.fat`.
+    pub fn mkfs_fat(&self) -> Program {
+        Program::debian(&self.0, "usr/sbin/mkfs.fat", "mkfs.fat", "make the ESP's file system")
+    }
+
+    /// One of mtools, with times fixed.
+    pub fn mtools(&self, name: &str) -> Program {
+        let program = Program::debian(&self.0, "usr/bin/mtools", name, "fill the ESP");
+        program.env("SOURCE_DATE_EPOCH", SOURCE_DATE).env("MTOOLSRC", "/dev/null")
     }
 
     /// `osslsigncode`.

@@ -3,12 +3,9 @@
 
 use crate::cache::Cache;
 use crate::error::{Error, Result};
-use crate::program::Tools;
+use crate::program::{SOURCE_DATE, Tools};
 use std::fs;
 use std::path::{Path, PathBuf};
-
-/// 2026-01-01 00:00:00 UTC.
-const SIGNING_TIME: &str = "1767225600";
 
 /// A key and its certificate, both PEM.
 #[derive(Debug, Clone)]
@@ -26,7 +23,7 @@ impl Signer {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::file("remove", to)(e)),
             _ => {}
         }
-        let program = tools.osslsigncode().args(["sign", "-h", "sha256", "-time", SIGNING_TIME]);
+        let program = tools.osslsigncode().args(["sign", "-h", "sha256", "-time", SOURCE_DATE]);
         let program = program.arg("-certs").arg(&self.certificate).arg("-key").arg(&self.key);
         program.arg("-in").arg(from).arg("-out").arg(to).run().map(drop)
     }

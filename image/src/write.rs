@@ -1,6 +1,6 @@
 //! Executes a plan. Every result is written beside its place and renamed, so that `--out` never holds half a file.
 
-use crate::cache::{Cache, sha256_file};
+use crate::cache::{Cache, remove_tree, sha256_file};
 use crate::debian::Debian;
 use crate::error::{Error, Result};
 use crate::kernel::{self, Kernel};
@@ -61,9 +61,9 @@ impl Build<'_> {
         fs::create_dir_all(self.out).map_err(Error::file("make directory", self.out))?;
         let mut made = Made::default();
         for step in steps {
-            let (name, start) = (name(step), Instant::now());
+            let start = Instant::now();
             self.step(step, &mut made)?;
-            eprintln!("atoll-image: {name:<44} {:>6.1} s", start.elapsed().as_secs_f64());
+            eprintln!("atoll-image: {:<20} {:>6.1} s", step.name(), start.elapsed().as_secs_f64());
         }
         eprint!("{}", size_table(&made.sizes));
         Ok(())
@@ -183,33 +183,34 @@ impl Build<'_> {
         fs::rename(&signed, &made.uki).map_err(Error::file("move into place", &made.uki))
     }
 
-    fn boot_loader(&self, made: &Made) -> Result<Vec<u8>> {
-        let loader = made.boot.join("systemd-bootx64.efi");
-        let read = |path: &Path| fs::read(path).map_err(Error::file("read", path));
-        let Some(signer) = self.signer else { return read(&loader) };
-        let signed = self.out.join("bootx64.efi.signed");
-        signer.sign(tools(made)?, &loader, &signed)?;
-        let bytes = read(&signed)?;
-        fs::remove_file(&signed).map_err(Error::file("remove", &signed))?;
-        Ok(bytes)
-    }
-
     fn disk(&self, file: &str, layout: &Layout, made: &mut Made) -> Result<()> {
-        let loader = self.boot_loader(made)?;
-        let uki = fs::read(&made.uki).map_err(Error::file("read", &made.uki))?;
+        let work = self.out.join("esp.work");
+        remove_tree(&work)?;
+        fs::create_dir(&work).map_err(Error::file("make directory", &work))?;
+        let loader = match self.signer {
+            None => made.boot.join("systemd-bootx64.efi"),
+            Some(signer) => {
+                signer.sign(tools(made)?, &made.boot.join("systemd-bootx64.efi"), &work.join("bootx64.efi"))?;
+                work.join("bootx64.efi")
+            }
+        };
+        let configuration = work.join("loader.conf");
+        fs::write(&configuration, LOADER_CONF).map_err(Error::file("write", &configuration))?;
+        let esp = layout.partitions[0];
+        let files: [(String, &Path); 3] = [
+            ("EFI/BOOT/BOOTX64.EFI".into(), &loader),
+            ("loader/loader.conf".into(), &configuration),
+            (slot_path(self.version), &made.uki),
+        ];
+        esp::make(tools(made)?, &work.join("esp"), esp.size(), &files)?;
         self.publish(file, made, |path| {
-            let mut disk = File::options().create(true).truncate(true).read(true).write(true).open(path);
-            let disk = disk.as_mut().map_err(|e| Error::file("write", path)(std::io::Error::from(e.kind())))?;
-            disk.set_len(layout.sectors * SECTOR).map_err(Error::file("write", path))?;
-            gpt::write(disk, layout).map_err(Error::file("write", path))?;
-            let esp = layout.partitions[0];
-            let files = [
-                ("EFI/BOOT/BOOTX64.EFI".to_string(), loader.as_slice()),
-                ("loader/loader.conf".to_string(), LOADER_CONF.as_bytes()),
-                (slot_path(self.version), uki.as_slice()),
-            ];
-            esp::make(esp::Window::new(disk, esp.offset(), esp.size()), &files)
-        })
+            let failed = |e| Error::file("write", path)(e);
+            let mut disk = File::create(path).map_err(failed)?;
+            disk.set_len(layout.sectors * SECTOR).map_err(failed)?;
+            gpt::write(&mut disk, layout).map_err(failed)?;
+            esp::embed(&work.join("esp"), &mut disk, esp.offset()).map_err(failed)
+        })?;
+        remove_tree(&work)
     }
 
     fn sbom(&self, file: &str, made: &mut Made) -> Result<()> {
@@ -261,13 +262,6 @@ fn tools(made: &Made) -> Result<&Tools> {
 
 fn host_kernel(made: &Made) -> Result<&Kernel> {
     made.kernel.as_ref().ok_or_else(|| Error::format("plan", "the host kernel is used before it is unpacked"))
-}
-
-/// A step's short name, for the line with its time.
-fn name(step: &Step) -> String {
-    let text = step.to_string();
-    let first = text.lines().next().unwrap_or_default();
-    first.chars().take(44).collect()
 }
 
 fn size_table(sizes: &[(String, u64)]) -> String {
