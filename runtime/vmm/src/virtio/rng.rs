@@ -118,8 +118,8 @@ mod tests {
     fn buffers_are_filled_and_the_line_is_raised() {
         let (ram, interrupt, used) = serve(&[descriptor(0x10_0000, 64, VRING_DESC_F_WRITE)]);
         assert_eq!((used, interrupt.status()), (64, 1));
-        let bytes: [u8; 64] = ram.read_obj(GuestAddress(0x10_0000)).unwrap();
-        assert_ne!(bytes, [0; 64]);
+        let bytes: [u8; 32] = ram.read_obj(GuestAddress(0x10_0000)).unwrap();
+        assert_ne!(bytes, [0; 32]);
     }
 
     #[test]
