@@ -140,11 +140,13 @@ fn spawn(vmm: &str) -> Result<(OwnedFd, std::process::Child)> {
     let raw = listener.as_raw_fd();
     let mut command = Command::new(vmm);
     command.stdin(Stdio::null()).stdout(Stdio::null());
-    // SAFETY: between fork and exec only dup2 is called, which is safe there.
+    // SAFETY: between fork and exec only dup2 and fcntl are called, which are safe there.
     unsafe {
-        command.pre_exec(
-            move || if libc::dup2(raw, 3) == 3 { Ok(()) } else { Err(std::io::Error::last_os_error()) },
-        );
+        command.pre_exec(move || {
+            // Duplicating a descriptor onto itself would leave it closing at exec.
+            let done = if raw == 3 { libc::fcntl(3, libc::F_SETFD, 0) } else { libc::dup2(raw, 3) };
+            if done < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+        });
     }
     let child = command.spawn()?;
     let control = socket()?;
