@@ -117,8 +117,9 @@ impl Suite {
         let mut test = self.artifacts.cargo();
         test.args(["test", "--workspace", "--locked", "--no-fail-fast"]);
         self.tests("unit tests of Rust", &mut test, false, cargo_counts)?;
-        self.check("lints of Go", &mut go(&["vet", "./..."], &self.artifacts))?;
-        self.tests("unit tests of Go", &mut go(&["test", "-v", "./..."], &self.artifacts), false, go_counts)
+        // Not `go vet`: it would analyse the 2,600 packages of Kubernetes for the few files here.
+        let test = ["test", "-trimpath", "-vet=off", "-v", "./..."];
+        self.tests("unit tests of Go", &mut go(&test, &self.artifacts), false, go_counts)
     }
 
     fn end_to_end(&mut self, filter: &[String]) -> anyhow::Result<()> {
