@@ -130,10 +130,8 @@ impl Container {
         let plan = Plan { tree: Some(tree), process };
         let namespace = shared.as_ref().map_or(PidNamespace::New, |pidfd| PidNamespace::Of(pidfd.as_fd()));
         let request = Launch { namespace, cgroup: &self.cgroup, plan: &plan, stdio: theirs, container: None };
-        let Launched { pid, ending, terminal } = launch(processes, request)?;
+        let Launched { pid, pidfd, ending, terminal } = launch(processes, request)?;
         ports.terminal = terminal;
-        let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())
-            .during(|| "hold on to the container's process".into())?;
         let number = pid.as_raw_nonzero().get();
         *self.lock() = State::Running { pid: number, pidfd: Arc::new(pidfd) };
         let (container, outbox) = (Arc::clone(self), Arc::clone(outbox));

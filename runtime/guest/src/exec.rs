@@ -48,7 +48,7 @@ impl Execs {
             stdio: theirs,
             container: Some(pidfd.as_fd()),
         };
-        let Launched { pid, ending, terminal } = launch(processes, request)?;
+        let Launched { pid, ending, terminal, .. } = launch(processes, request)?;
         ports.terminal = terminal;
         let number = pid.as_raw_nonzero().get();
         // Listed before its end can be seen, so that the end finds it.

@@ -29,6 +29,10 @@ use std::time::Duration;
 /// Longest silence while a tree is sent.
 const TREE_SILENCE: Duration = Duration::from_secs(30);
 
+/// What the users of other runtimes are used to: ping and low ports without capabilities, in a pod's own network.
+const DEFAULT_SYSCTLS: [(&str, &str); 2] =
+    [("net.ipv4.ping_group_range", "0 2147483647"), ("net.ipv4.ip_unprivileged_port_start", "0")];
+
 /// What [`Call::Configure`] brought.
 struct Pod {
     config: GuestConfig,
@@ -169,6 +173,10 @@ impl Guest {
             sys::set_clock(config.unix_ns).during(|| "set the clock".into())?;
         }
         rustix::system::sethostname(config.hostname.as_bytes()).during(|| "set the host name".into())?;
+        for (name, value) in DEFAULT_SYSCTLS {
+            // A convenience: a kernel without it loses nothing else.
+            let _ = std::fs::write(sysctl_path(name)?, value);
+        }
         for (name, value) in &config.sysctls {
             let path = sysctl_path(name)?;
             std::fs::write(&path, value).during(|| format!("set sysctl {name} to '{value}'"))?;

@@ -57,6 +57,8 @@ pub struct Launch<'a> {
 pub struct Launched {
     /// Its number here.
     pub pid: Pid,
+    /// Stands for it also when the number has been given to another.
+    pub pidfd: OwnedFd,
     /// Its end, some time.
     pub ending: Arc<Ending>,
     /// Its terminal, if it has one.
@@ -66,13 +68,13 @@ pub struct Launched {
 /// Launches and waits until the program runs.
 pub fn launch(processes: &Processes, launch: Launch<'_>) -> Result<Launched> {
     let (ours, theirs) = sys::seqpacket_pair().during(|| "make a socket pair".into())?;
-    let (pid, ending) = processes.launch(|| spawn(&["stage"], launch.namespace, Some(theirs)))?;
+    let (pid, pidfd, ending) = processes.launch(|| spawn(&["stage"], launch.namespace, Some(theirs)))?;
     let terminal = prepare(&ours, pid, launch);
     if terminal.is_err() {
         // It may be gone already.
         let _ = sys::kill(pid.as_raw_nonzero().get(), libc::SIGKILL);
     }
-    Ok(Launched { pid, ending, terminal: terminal? })
+    Ok(Launched { pid, pidfd, ending, terminal: terminal? })
 }
 
 /// Spawns this program in a PID namespace, with a socket as its standard input.

@@ -5,7 +5,7 @@
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
-use rustix::process::{Pid, WaitOptions, wait};
+use rustix::process::{Pid, PidfdFlags, WaitOptions, pidfd_open, wait};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
@@ -44,17 +44,19 @@ pub struct Processes {
 }
 
 impl Processes {
-    /// Runs `spawn` and registers the process it made.
+    /// Runs `spawn` and registers the process it made; gives its number, a pidfd and its end.
     pub fn launch<E: From<Errno>>(
         &self,
         spawn: impl FnOnce() -> Result<Pid, E>,
-    ) -> Result<(Pid, Arc<Ending>), E> {
+    ) -> Result<(Pid, OwnedFd, Arc<Ending>), E> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let pid = spawn()?;
+        // Not reaped yet, so it exists, even if it has ended.
+        let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
         let ending = Arc::new(Ending { code: OnceLock::new(), wake });
         table.insert(pid, Arc::clone(&ending));
-        Ok((pid, ending))
+        Ok((pid, pidfd, ending))
     }
 
     /// Waits until every registered process has been reaped, at most `limit`; says whether they were.

@@ -95,8 +95,10 @@ fn mount_devices(root: &OwnedFd, tree: &Tree) -> Result<()> {
 }
 
 fn mount_planned(root: &OwnedFd, planned: &PlannedMount) -> Result<()> {
-    let mut attributes = MountAttributes::NO_SUID * u64::from(matches!(planned.source, Source::Tmpfs(_)))
-        | MountAttributes::NO_DEV;
+    let mut attributes = MountAttributes::NO_DEV;
+    if matches!(planned.source, Source::Tmpfs(_)) {
+        attributes |= MountAttributes::NO_SUID;
+    }
     if planned.read_only {
         attributes |= MountAttributes::READ_ONLY;
     }
