@@ -1,0 +1,171 @@
+//! Builds hostd and runs it. One task, one loop: everything that happens comes in as an [`Event`], after each the host
+//! is brought to what config and leases say, and the status goes out.
+//!
+//! ```text
+//! storage ─► config ─► network ─► (URL config) ─► address and time, or deadline ─► READY ─► keep it so
+//! ```
+
+use crate::clock::{self, Authority};
+use crate::error::{Result, chain};
+use crate::host::{Event, Host};
+use crate::links::Links;
+use crate::notify::Notifier;
+use crate::options::{ClockMode, Options};
+use crate::status::{Area, Status};
+use crate::{agent_status, bus, config, console, metrics, prepare};
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+
+/// Between two attempts to prepare the storage.
+const STORAGE_RETRY: Duration = Duration::from_secs(30);
+/// Between two attempts to fetch the config.
+const URL_RETRY: Duration = Duration::from_secs(5);
+
+/// Prints what would be done, in order.
+pub async fn dry_run(options: &Options) -> Result<()> {
+    let (plan, summary) = prepare::plan_storage(options).await?;
+    println!("storage: {summary}");
+    plan.steps.iter().for_each(|step| println!("  {step}"));
+    plan.notes.iter().for_each(|note| println!("  ! {note}"));
+    let loaded = config::load_local(&options.config_sources());
+    println!("config: {}", loaded.origin);
+    loaded.problems.iter().for_each(|problem| println!("  ! {problem}"));
+    let (changes, _) = mpsc::channel(1);
+    let (wake, _) = mpsc::channel(1);
+    let steps = Links::open(options.sys.clone(), changes, wake)?.plan(&loaded.machine).await?;
+    println!("network:");
+    steps.iter().for_each(|step| println!("  {step}"));
+    Ok(())
+}
+
+/// Runs until `stop` resolves.
+pub async fn run(options: Options, stop: impl Future<Output = ()>) -> Result<()> {
+    let mut stop = std::pin::pin!(stop);
+    let notifier = Notifier::from_environment();
+    let mut status = Status::new(crate::host::system_name(&options.os_release));
+    let (told, heard) = watch::channel(status.clone());
+    // Everything spawned here ends with this function.
+    let mut tasks = JoinSet::new();
+    tasks.spawn(console::run(options.screen.clone(), heard.clone()));
+    match metrics::listen(&options.run.join("hostd/metrics.sock")) {
+        Ok(listener) => {
+            tasks.spawn(metrics::serve(listener, heard, options.data.clone()));
+        }
+        Err(error) => tracing::warn!("no metrics: {}", chain(&error)),
+    }
+    // Stopping in the middle of a step is what a power cut would be, and is as safe.
+    tokio::select! {
+        () = prepare_storage(&options, &mut status, &told, &notifier) => {}
+        () = &mut stop => return Ok(()),
+    }
+    notifier.status("setting up the network");
+    let (sender, mut events) = mpsc::channel(64);
+    let time_servers = spawn_watchers(&options, &sender, &mut tasks);
+    let links = Links::open(
+        options.sys.clone(),
+        forward(&mut tasks, &sender, Event::Lease),
+        forward(&mut tasks, &sender, |()| Event::Wake),
+    )?;
+    let mut host = Host::new(options, status, links, time_servers);
+    host.refresh(&told, &notifier).await;
+    loop {
+        let next = host.next_look();
+        // Cancel-safe: `recv` and sleeping lose nothing when dropped; `stop` is polled on by reference.
+        let event = tokio::select! {
+            event = events.recv() => event,
+            () = tokio::time::sleep_until(next) => None,
+            () = &mut stop => break,
+        };
+        if let Some(event) = event {
+            host.handle(event);
+            while let Ok(event) = events.try_recv() {
+                host.handle(event);
+            }
+        }
+        host.refresh(&told, &notifier).await;
+    }
+    host.stop();
+    Ok(())
+}
+
+/// Tries until the storage is there: without it nothing else may start.
+async fn prepare_storage(
+    options: &Options,
+    status: &mut Status,
+    told: &watch::Sender<Status>,
+    notifier: &Notifier,
+) {
+    notifier.status("preparing storage");
+    loop {
+        match prepare::prepare(options).await {
+            Ok(storage) => {
+                status.storage = storage.summary;
+                status.persistent = storage.persistent;
+                status.set_problems(Area::Storage, storage.notes);
+                return;
+            }
+            Err(error) => {
+                let text = chain(&error);
+                tracing::error!("storage is not ready: {text}");
+                notifier.status(&format!("storage is not ready: {text}"));
+                status.storage = "not ready, tried again every half minute".into();
+                status.set_problems(Area::Storage, [text]);
+                told.send_replace(status.clone());
+                tokio::time::sleep(STORAGE_RETRY).await;
+            }
+        }
+    }
+}
+
+/// Starts the tasks that watch what hostd does not do itself. Returns where the clock's servers go.
+fn spawn_watchers(
+    options: &Options,
+    events: &mpsc::Sender<Event>,
+    tasks: &mut JoinSet<()>,
+) -> watch::Sender<Vec<String>> {
+    let (time_servers, servers) = watch::channel(Vec::new());
+    let authority = match options.clock {
+        ClockMode::Set => Authority::Set,
+        ClockMode::Report => Authority::Report,
+    };
+    let changes = forward(tasks, events, Event::Clock);
+    tasks.spawn(clock::run(authority, servers, changes));
+    let changes = forward(tasks, events, Event::Agent);
+    tasks.spawn(agent_status::run(options.run.join("agent/status.json"), changes));
+    let changes = forward(tasks, events, Event::Services);
+    tasks.spawn(bus::run(options.run.join("init/bus.sock"), changes));
+    let sources = options.config_sources();
+    if let Some(url) = config::url(&sources) {
+        let events = events.clone();
+        tasks.spawn(async move {
+            loop {
+                let loaded = config::load_url(&url, &sources).await;
+                let done = loaded.origin == config::Origin::Url;
+                if events.send(Event::Fetched(Box::new(loaded))).await.is_err() || done {
+                    return;
+                }
+                tokio::time::sleep(URL_RETRY).await;
+            }
+        });
+    }
+    time_servers
+}
+
+/// Carries what a task reports into the one stream of events.
+fn forward<T: Send + 'static>(
+    tasks: &mut JoinSet<()>,
+    events: &mpsc::Sender<Event>,
+    event: fn(T) -> Event,
+) -> mpsc::Sender<T> {
+    let (sender, mut receiver) = mpsc::channel(8);
+    let events = events.clone();
+    tasks.spawn(async move {
+        while let Some(item) = receiver.recv().await {
+            if events.send(event(item)).await.is_err() {
+                return;
+            }
+        }
+    });
+    sender
+}

@@ -1,0 +1,292 @@
+//! The state of the host and the one place where it changes: [`Host::handle`] takes events in, [`Host::refresh`]
+//! brings links, files and status to what is known.
+
+use crate::clock::Clock;
+use crate::config::{self, Loaded, Origin};
+use crate::dhcp::client::Change;
+use crate::error::{Context, Result, chain};
+use crate::files::{self, Durability};
+use crate::links::{Leased, Links, View};
+use crate::notify::Notifier;
+use crate::options::Options;
+use crate::plan::Step;
+use crate::plan::network::host_addresses;
+use crate::publish::{self, Facts, Publication};
+use crate::status::{Area, LinkStatus, Status};
+use crate::{boot_reason, console};
+use atoll_spec::control::ServiceStatus;
+use atoll_spec::machine::domain::Machine;
+use atoll_spec::node::AgentStatus;
+use std::net::IpAddr;
+use std::path::Path;
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+/// Looks at the host even when nothing happened.
+const REGULARLY: Duration = Duration::from_secs(30);
+
+/// Everything that happens.
+pub enum Event {
+    /// A link or an address changed.
+    Wake,
+    /// A lease came or went.
+    Lease(Change),
+    /// The clock was set, or could not be.
+    Clock(Clock),
+    /// The agent said something.
+    Agent(Option<AgentStatus>),
+    /// A service changed.
+    Services(Vec<ServiceStatus>),
+    /// The config at the URL was fetched, or not.
+    Fetched(Box<Loaded>),
+}
+
+/// The state.
+pub struct Host {
+    options: Options,
+    machine: Machine,
+    /// A URL decides the config and has not been tried yet.
+    url_awaited: bool,
+    links: Links,
+    view: View,
+    machine_id: String,
+    named_before: Option<String>,
+    time_servers: watch::Sender<Vec<String>>,
+    status: Status,
+    deadline: Instant,
+    announced: bool,
+}
+
+impl Host {
+    /// Loads the config of this machine. The status has the storage in it already.
+    pub fn new(options: Options, mut status: Status, links: Links, time_servers: watch::Sender<Vec<String>>) -> Self {
+        let sources = options.config_sources();
+        status.boot_reason = boot_reason::read(&options.state);
+        let mut host = Self {
+            deadline: Instant::now() + Duration::from_secs(options.network_deadline),
+            machine_id: read_line(&options.run.join("machine-id")).unwrap_or_default(),
+            named_before: read_line(&options.state.join("machine/node-name")),
+            machine: Machine::default(),
+            url_awaited: config::url(&sources).is_some(),
+            links,
+            view: View::default(),
+            time_servers,
+            status,
+            announced: false,
+            options,
+        };
+        let loaded = config::load_local(&sources);
+        host.take_config(&loaded);
+        host
+    }
+
+    /// Takes in what happened.
+    pub fn handle(&mut self, event: Event) {
+        match event {
+            Event::Wake => {}
+            Event::Lease(change) => self.links.leased(change),
+            Event::Clock(clock) => {
+                if clock != self.status.clock
+                    && let Clock::Unreachable(why) = &clock
+                {
+                    tracing::warn!("the clock is not synchronised, the machine's own is used: {why}");
+                }
+                self.status.clock = clock;
+            }
+            Event::Agent(agent) => {
+                self.status.agent = agent;
+                self.announce();
+            }
+            Event::Services(services) => self.status.services = services,
+            Event::Fetched(loaded) => {
+                self.url_awaited = false;
+                // Without a file from the URL and without a last good one, what this machine has is the best there is.
+                if loaded.origin == Origin::None {
+                    self.complain(&loaded);
+                } else {
+                    self.take_config(&loaded);
+                }
+            }
+        }
+    }
+
+    /// The line that says that the host does what it is for.
+    fn announce(&mut self) {
+        let ready = self.status.agent.as_ref().is_some_and(|a| a.node_ready);
+        if ready && !self.announced {
+            self.announced = true;
+            console::say(&[format!("node {} joined and Ready", self.status.node)]);
+        }
+    }
+
+    fn take_config(&mut self, loaded: &Loaded) {
+        self.status.config = loaded.origin.to_string();
+        self.status.join_server = loaded.machine.join.as_ref().map(|j| j.server.clone());
+        self.machine = loaded.machine.clone();
+        self.complain(loaded);
+        let decides = !self.url_awaited || loaded.origin == Origin::Url;
+        if decides && let Err(error) = loaded.remember(&self.options.config_sources()) {
+            self.status.set_problems(Area::Files, [chain(&error)]);
+        }
+    }
+
+    fn complain(&mut self, loaded: &Loaded) {
+        for problem in &loaded.problems {
+            tracing::error!("{problem}");
+        }
+        self.status.set_problems(Area::Config, loaded.problems.clone());
+    }
+
+    /// When to look again although nothing happened.
+    pub fn next_look(&self) -> Instant {
+        let regularly = Instant::now() + REGULARLY;
+        if self.status.ready { regularly } else { regularly.min(self.deadline) }
+    }
+
+    /// Ends what hostd runs. What it set up stays.
+    pub fn stop(&mut self) {
+        self.links.stop();
+    }
+
+    /// Brings everything to what is known.
+    pub async fn refresh(&mut self, told: &watch::Sender<Status>, notifier: &Notifier) {
+        let hostname = self.machine.hostname.clone().or_else(|| self.named_before.clone());
+        self.view = self.links.reconcile(&self.machine, hostname.as_deref()).await;
+        self.status.set_problems(Area::Network, self.view.problems.clone());
+        let leased = Leased::of(&self.links.held());
+        self.note_links(&leased);
+        self.note_time_servers(&leased);
+        let addresses = host_addresses(&self.view.desired);
+        let was_ready = self.status.ready;
+        let late = Instant::now() >= self.deadline;
+        if !was_ready && (late || self.settled(&addresses)) {
+            self.say_what_is_missing(&addresses);
+            self.status.ready = true;
+        }
+        if self.status.ready {
+            let published = self.publish(addresses, leased);
+            self.status.set_problems(Area::Files, published.err().map(|error| chain(&error)));
+        }
+        match (was_ready, self.status.ready) {
+            (false, true) => notifier.ready(&self.status.summary()),
+            _ if *told.borrow() != self.status => notifier.status(&self.status.summary()),
+            _ => {}
+        }
+        told.send_if_modified(|old| {
+            let changed = *old != self.status;
+            old.clone_from(&self.status);
+            changed
+        });
+    }
+
+    /// Whether there is nothing left to wait for.
+    fn settled(&self, addresses: &[IpAddr]) -> bool {
+        let clock = match self.status.clock {
+            Clock::Synchronised { .. } => true,
+            // DHCP may still name a server.
+            Clock::NoServer => self.time_servers.borrow().is_empty() && !self.links.asking(),
+            Clock::Asking | Clock::Unreachable(_) => false,
+        };
+        !addresses.is_empty() && clock && !self.url_awaited
+    }
+
+    fn say_what_is_missing(&self, addresses: &[IpAddr]) {
+        let seconds = self.options.network_deadline;
+        if addresses.is_empty() {
+            console::say(&[format!("no address after {seconds} s: going on without, still trying")]);
+        }
+        match &self.status.clock {
+            Clock::Synchronised { .. } => {}
+            Clock::NoServer | Clock::Asking => {
+                console::say(&["no time server is configured, nor named by DHCP: the clock of the machine is used; give \
+                    'time.servers' in machine.yaml".into()]);
+            }
+            Clock::Unreachable(why) => {
+                console::say(&[format!("no time server answers ({why}): the clock of the machine is used, still trying")]);
+            }
+        }
+        if self.url_awaited {
+            console::say(&[format!("no machine config from the URL after {seconds} s: going on without, still trying")]);
+        }
+    }
+
+    fn note_links(&mut self, leased: &Leased) {
+        let carrier = |index: u32| self.view.links.iter().any(|l| l.index == index && l.carrier);
+        self.status.links = self
+            .view
+            .desired
+            .iter()
+            .map(|link| LinkStatus {
+                name: link.name.clone(),
+                carrier: carrier(link.index),
+                dhcp: link.dhcp,
+                addresses: link.addresses.iter().map(|a| a.net.addr()).collect(),
+            })
+            .collect();
+        let routes = self.view.desired.iter().flat_map(|d| &d.routes);
+        self.status.gateways = routes.filter(|r| r.to.prefix_len() == 0).filter_map(|r| r.via).collect();
+        self.status.dns = publish::name_servers(&self.machine, &leased.dns);
+    }
+
+    fn note_time_servers(&mut self, leased: &Leased) {
+        let mut servers = self.machine.time_servers.clone();
+        servers.extend(leased.time.iter().filter(|s| !self.machine.time_servers.contains(s)).cloned());
+        servers.truncate(8);
+        // With servers but no address yet, asking would only fail.
+        if self.view.desired.iter().all(|d| d.addresses.is_empty()) {
+            servers.clear();
+        }
+        let none_known = servers.is_empty();
+        self.time_servers.send_if_modified(|old| {
+            let changed = *old != servers;
+            *old = servers;
+            changed
+        });
+        if !none_known && self.status.clock == Clock::NoServer {
+            self.status.clock = Clock::Asking;
+        }
+    }
+
+    fn publish(&mut self, addresses: Vec<IpAddr>, leased: Leased) -> Result<()> {
+        let before = self.named_before.as_deref();
+        let node = publish::node_name(&self.machine, before, leased.hostname.as_deref(), &self.machine_id);
+        if self.named_before.as_deref() != Some(&node) {
+            let path = self.options.state.join("machine/node-name");
+            files::keep(&path, format!("{node}\n").as_bytes(), 0o644, None, Durability::Durable)?;
+            self.named_before = Some(node.clone());
+        }
+        self.status.node.clone_from(&node);
+        if rustix::system::uname().nodename().to_bytes() != node.as_bytes() {
+            tracing::info!("{}", Step::SetHostname(node.clone()));
+            rustix::system::sethostname(node.as_bytes()).context("set the host name to", &node)?;
+        }
+        let facts = Facts {
+            node,
+            addresses,
+            clock_synchronised: matches!(self.status.clock, Clock::Synchronised { .. }),
+            machine_id: self.machine_id.clone(),
+            system: self.status.system.clone(),
+            leased_dns: leased.dns,
+            leased_domains: leased.domains,
+        };
+        Publication::new(&self.machine, facts).write(&self.options.run)
+    }
+}
+
+fn read_line(path: &Path) -> Option<String> {
+    let bytes = files::read(path, 4096).ok().flatten()?;
+    let text = String::from_utf8(bytes).ok()?;
+    Some(text.trim().to_owned()).filter(|t| !t.is_empty())
+}
+
+/// `PRETTY_NAME` of os-release, else its name and version, else this program's.
+pub fn system_name(os_release: &Path) -> String {
+    let text = std::fs::read_to_string(os_release).unwrap_or_default();
+    let value = |key: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='))?;
+        Some(line.trim().trim_matches('"').to_owned())
+    };
+    let pretty = value("PRETTY_NAME").or_else(|| Some(format!("{} {}", value("NAME")?, value("VERSION_ID")?)));
+    pretty.unwrap_or_else(|| concat!("Atoll ", env!("CARGO_PKG_VERSION")).to_owned())
+}

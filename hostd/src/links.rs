@@ -1,0 +1,191 @@
+//! Owns the network of the host: observes, plans, applies, and keeps a DHCP client on each link that wants one.
+
+use crate::dhcp::{client, packet::Lease};
+use crate::error::{Context, Result, chain};
+use crate::plan::network::{self as plan, Desired, LeaseState, Link, Step};
+use crate::{apply, observe};
+use atoll_spec::machine::domain::Machine;
+use futures_util::StreamExt;
+use rtnetlink::{Handle, MulticastGroup};
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+/// How long one look and its steps may take.
+const DEADLINE: Duration = Duration::from_secs(20);
+/// Changes of links come in bursts; they are looked at together.
+const BURST: Duration = Duration::from_millis(100);
+
+/// The links and their DHCP clients.
+pub struct Links {
+    netlink: Handle,
+    sys: PathBuf,
+    clients: BTreeMap<u32, JoinHandle<()>>,
+    leases: BTreeMap<u32, (LeaseState, Option<Instant>)>,
+    changes: mpsc::Sender<client::Change>,
+}
+
+/// How the network is after a look.
+#[derive(Debug, Clone, Default)]
+pub struct View {
+    /// What every selected link should be.
+    pub desired: Vec<Desired>,
+    /// What the links were before the steps.
+    pub links: Vec<Link>,
+    /// Steps that failed.
+    pub problems: Vec<String>,
+}
+
+impl Links {
+    /// Opens netlink. Each change of a link or an address sends on `wake`; each change of a lease on `changes`.
+    pub fn open(sys: PathBuf, changes: mpsc::Sender<client::Change>, wake: mpsc::Sender<()>) -> Result<Self> {
+        let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr];
+        let opened = rtnetlink::new_multicast_connection(&groups);
+        let (connection, netlink, mut messages) = opened.context("open", "netlink")?;
+        tokio::spawn(connection);
+        tokio::spawn(async move {
+            while messages.next().await.is_some() {
+                tokio::time::sleep(BURST).await;
+                while let Ok(_another) = messages.try_recv() {}
+                if wake.send(()).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Self { netlink, sys, clients: BTreeMap::new(), leases: BTreeMap::new(), changes })
+    }
+
+    /// The steps that `machine` asks for, without doing them.
+    pub async fn plan(&self, machine: &Machine) -> Result<Vec<Step>> {
+        let links = observe::network::observe(&self.netlink, &self.sys).await?;
+        let desired = plan::desired(machine, &links, &self.lease_states());
+        Ok(plan::plan(&desired, &links, &[]))
+    }
+
+    /// Brings the links to what `machine` and the leases say. `hostname` is told to DHCP servers.
+    pub async fn reconcile(&mut self, machine: &Machine, hostname: Option<&str>) -> View {
+        match tokio::time::timeout(DEADLINE, self.try_reconcile(machine, hostname)).await {
+            Ok(Ok(view)) => view,
+            Ok(Err(error)) => View { problems: vec![chain(&error)], ..View::default() },
+            Err(_) => View { problems: vec!["netlink does not answer".into()], ..View::default() },
+        }
+    }
+
+    async fn try_reconcile(&mut self, machine: &Machine, hostname: Option<&str>) -> Result<View> {
+        self.clients.retain(|_, client| !client.is_finished());
+        let links = observe::network::observe(&self.netlink, &self.sys).await?;
+        let desired = plan::desired(machine, &links, &self.lease_states());
+        let clients: Vec<u32> = self.clients.keys().copied().collect();
+        let mut problems = Vec::new();
+        for step in plan::plan(&desired, &links, &clients) {
+            tracing::info!("{step}");
+            match &step {
+                Step::StartDhcp(link) => {
+                    if let Some(mac) = links.iter().find(|l| l.index == link.index).and_then(|l| l.mac) {
+                        self.start(client::Link { index: link.index, name: link.name.clone(), mac }, hostname);
+                    }
+                }
+                Step::StopDhcp(link) => {
+                    self.leases.remove(&link.index);
+                    if let Some(client) = self.clients.remove(&link.index) {
+                        client.abort();
+                    }
+                }
+                _ => {
+                    if let Err(error) = apply::network::apply(&self.netlink, &step).await {
+                        problems.push(chain(&error));
+                    }
+                }
+            }
+        }
+        Ok(View { desired, links, problems })
+    }
+
+    fn start(&mut self, link: client::Link, hostname: Option<&str>) {
+        let (index, name) = (link.index, link.name.clone());
+        let running = client::run(link, hostname.map(str::to_owned), self.changes.clone());
+        let client = tokio::spawn(async move {
+            if let Err(error) = running.await {
+                tracing::warn!(link = name, "DHCP stopped and is started again: {}", chain(&error));
+            }
+        });
+        self.clients.insert(index, client);
+    }
+
+    /// Takes in what a DHCP client reported.
+    pub fn leased(&mut self, change: client::Change) {
+        let state = match change.lease {
+            Some((lease, end)) => {
+                if !matches!(self.leases.get(&change.link), Some((LeaseState::Held(old, _), _)) if *old == lease) {
+                    let seconds = lease.seconds.map_or("ever".into(), |s| format!("{s} s"));
+                    tracing::info!(server = %lease.server, "DHCP lease of {} for {seconds}", lease.address);
+                }
+                (LeaseState::Held(lease, None), end)
+            }
+            None => {
+                tracing::warn!("DHCP lease lost");
+                (LeaseState::Lost, None)
+            }
+        };
+        self.leases.insert(change.link, state);
+    }
+
+    fn lease_states(&self) -> BTreeMap<u32, LeaseState> {
+        let now = Instant::now();
+        let state = |state: &LeaseState, end: &Option<Instant>| match (state, end) {
+            (LeaseState::Held(_, _), Some(end)) if *end <= now => LeaseState::Lost,
+            (LeaseState::Held(lease, _), Some(end)) => {
+                LeaseState::Held(lease.clone(), Some((*end - now).as_secs() as u32))
+            }
+            (other, _) => other.clone(),
+        };
+        self.leases.iter().map(|(link, (held, end))| (*link, state(held, end))).collect()
+    }
+
+    /// The leases that hold now.
+    pub fn held(&self) -> Vec<Lease> {
+        let states = self.lease_states();
+        states.into_values().filter_map(|s| if let LeaseState::Held(lease, _) = s { Some(*lease) } else { None }).collect()
+    }
+
+    /// Whether some link still waits for a first answer by DHCP.
+    pub fn asking(&self) -> bool {
+        self.clients.keys().any(|link| !self.leases.contains_key(link))
+    }
+
+    /// Ends the DHCP clients. Addresses stay: pods that are being stopped still need them.
+    pub fn stop(&mut self) {
+        for client in std::mem::take(&mut self.clients).into_values() {
+            client.abort();
+        }
+    }
+}
+
+/// Name servers, domains, time servers and host name of the leases.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Leased {
+    /// Name servers.
+    pub dns: Vec<IpAddr>,
+    /// Domains.
+    pub domains: Vec<String>,
+    /// Time servers.
+    pub time: Vec<String>,
+    /// The name one server has for this host.
+    pub hostname: Option<String>,
+}
+
+impl Leased {
+    /// Gathers what the leases say.
+    pub fn of(leases: &[Lease]) -> Self {
+        Self {
+            dns: leases.iter().flat_map(|l| l.dns.iter().map(|ip| IpAddr::V4(*ip))).collect(),
+            domains: leases.iter().filter_map(|l| l.domain.clone()).collect(),
+            time: leases.iter().flat_map(|l| l.ntp.iter().map(ToString::to_string)).collect(),
+            hostname: leases.iter().find_map(|l| l.hostname.clone()),
+        }
+    }
+}

@@ -1,0 +1,37 @@
+//! Tells init how it goes: the readiness protocol over `$NOTIFY_SOCKET`.
+
+use std::os::unix::net::UnixDatagram;
+use std::path::PathBuf;
+
+/// The connection to init; does nothing where there is none.
+#[derive(Debug)]
+pub struct Notifier {
+    socket: Option<(UnixDatagram, PathBuf)>,
+}
+
+impl Notifier {
+    /// Takes the socket's path from the environment.
+    pub fn from_environment() -> Self {
+        let path = std::env::var_os("NOTIFY_SOCKET").map(PathBuf::from);
+        let socket = UnixDatagram::unbound().and_then(|s| s.set_nonblocking(true).map(|()| s));
+        Self { socket: socket.ok().zip(path) }
+    }
+
+    /// Says what hostd is doing.
+    pub fn status(&self, text: &str) {
+        self.send(&format!("STATUS={}", text.replace('\n', " ")));
+    }
+
+    /// Says that the host can be used.
+    pub fn ready(&self, text: &str) {
+        self.send(&format!("READY=1\nSTATUS={}", text.replace('\n', " ")));
+    }
+
+    fn send(&self, message: &str) {
+        if let Some((socket, path)) = &self.socket
+            && let Err(error) = socket.send_to(message.as_bytes(), path)
+        {
+            tracing::warn!(path = %path.display(), %error, "init was not told");
+        }
+    }
+}

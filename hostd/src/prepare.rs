@@ -1,0 +1,79 @@
+//! Prepares storage at boot: waits for the boot disk, plans, applies. Runs once, before anything else.
+
+use crate::error::{Error, Result};
+use crate::options::{Options, StorageMode};
+use crate::plan::storage::{Observed, Plan, Step, boot_disk, plan};
+use crate::{apply, observe};
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// How often to look for the boot disk.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// What was made of the storage.
+#[derive(Debug, Clone, Default)]
+pub struct Storage {
+    /// For the console.
+    pub summary: String,
+    /// Whether it outlives a reboot.
+    pub persistent: bool,
+    /// What a person should know.
+    pub notes: Vec<String>,
+}
+
+/// Waits for the boot disk and plans. Returns the plan and what it is made on.
+pub async fn plan_storage(options: &Options) -> Result<(Plan, String)> {
+    let targets = options.storage_targets();
+    if options.storage == StorageMode::Directories {
+        let mut all = plan(&Observed::default(), &targets).map_err(Error::Host)?;
+        all.steps.retain(|step| matches!(step, Step::Directory { .. }));
+        all.notes.clear();
+        return Ok((all, "directories as they are".into()));
+    }
+    let observed = wait_for_disk(options).await?;
+    let plan = plan(&observed, &targets).map_err(Error::Host)?;
+    let summary = match boot_disk(&observed).map_err(Error::Host)? {
+        Some(disk) => format!("{} ({})", disk.device.display(), size(disk.bytes)),
+        None => "memory only, nothing is kept".into(),
+    };
+    Ok((plan, summary))
+}
+
+/// A disk may take seconds to appear (USB, RAID controllers). One that the firmware named is waited for by that name.
+async fn wait_for_disk(options: &Options) -> Result<Observed> {
+    let sources = options.storage_sources();
+    let end = Instant::now() + Duration::from_secs(options.disk_deadline);
+    loop {
+        let observed = observe::storage::observe(&sources)?;
+        let found = boot_disk(&observed).map_err(Error::Host)?;
+        let named = |uuid: &String| {
+            found.is_some_and(|disk| disk.partitions.iter().any(|p| p.uuid.as_ref() == Some(uuid)))
+        };
+        let complete = match &observed.boot_partition {
+            Some(uuid) => named(uuid),
+            None => found.is_some(),
+        };
+        if complete || Instant::now() >= end {
+            return Ok(observed);
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// Plans and does it all; the first step that fails ends it, because each needs those before it.
+pub async fn prepare(options: &Options) -> Result<Storage> {
+    let (plan, summary) = plan_storage(options).await?;
+    for step in &plan.steps {
+        match step {
+            Step::Directory { .. } => tracing::debug!("{step}"),
+            _ => tracing::info!("{step}"),
+        }
+        apply::storage::apply(step).await?;
+    }
+    Ok(Storage { summary, persistent: plan.persistent, notes: plan.notes })
+}
+
+fn size(bytes: u64) -> String {
+    let gib = bytes as f64 / f64::from(1 << 30);
+    if gib < 1000.0 { format!("{gib:.1} GiB") } else { format!("{:.1} TiB", gib / 1024.0) }
+}
