@@ -14,8 +14,18 @@ struct Source {
 const RELEASE: &str = "trixie";
 
 /// Names under which a machine may know the Debian it runs.
-const RELEASES: &[&str] =
-    &["bullseye", "bookworm", "trixie", "forky", "sid", "oldoldstable", "oldstable", "stable", "testing", "unstable"];
+const RELEASES: &[&str] = &[
+    "bullseye",
+    "bookworm",
+    "trixie",
+    "forky",
+    "sid",
+    "oldoldstable",
+    "oldstable",
+    "stable",
+    "testing",
+    "unstable",
+];
 
 /// The text of a `debian.sources` for Debian 13 through the mirrors named in `files` (contents of the machine's
 /// `sources.list` and `*.list` files, and of its `*.sources` files), or `None` when they name no Debian mirror.
@@ -43,7 +53,9 @@ fn security_of(suite: &str) -> Option<&str> {
 fn one_line(text: &str) -> Vec<Source> {
     let mut found = Vec::new();
     for line in text.lines() {
-        let Some(rest) = line.trim().strip_prefix("deb").filter(|r| r.starts_with([' ', '\t'])) else { continue };
+        let Some(rest) = line.trim().strip_prefix("deb").filter(|r| r.starts_with([' ', '\t'])) else {
+            continue;
+        };
         let rest = rest.trim_start();
         let rest = match rest.strip_prefix('[') {
             Some(options) => options.split_once(']').map_or("", |(_, after)| after),
@@ -81,7 +93,9 @@ fn stanzas(text: &str) -> Vec<Source> {
             continue;
         }
         for uri in get("uris").split_whitespace() {
-            found.extend(get("suites").split_whitespace().map(|suite| Source { uri: uri.into(), suite: suite.into() }));
+            found.extend(
+                get("suites").split_whitespace().map(|suite| Source { uri: uri.into(), suite: suite.into() }),
+            );
         }
     }
     found
@@ -98,7 +112,10 @@ mod tests {
         let host = "Types: deb\n# a note\nURIs: http://mirror.example/debian\nSuites: bookworm bookworm-updates\nComponents: main\n\n\
                     Types: deb\nURIs: http://mirror.example/security\nSuites: bookworm-security\nComponents: main\n";
         let text = for_release(&[], &[host.into()], KEYRING).unwrap();
-        assert!(text.contains("URIs: http://mirror.example/debian\nSuites: trixie trixie-updates\n"), "{text}");
+        assert!(
+            text.contains("URIs: http://mirror.example/debian\nSuites: trixie trixie-updates\n"),
+            "{text}"
+        );
         assert!(text.contains("URIs: http://mirror.example/security\nSuites: trixie-security\n"), "{text}");
     }
 
@@ -114,7 +131,11 @@ mod tests {
 
     #[test]
     fn a_machine_without_debian() {
-        let disabled = "Types: deb\nEnabled: no\nURIs: http://m.example\nSuites: bookworm\nComponents: main\n";
-        assert_eq!(for_release(&["deb http://u.example/ubuntu noble main".into()], &[disabled.into()], KEYRING), None);
+        let disabled =
+            "Types: deb\nEnabled: no\nURIs: http://m.example\nSuites: bookworm\nComponents: main\n";
+        assert_eq!(
+            for_release(&["deb http://u.example/ubuntu noble main".into()], &[disabled.into()], KEYRING),
+            None
+        );
     }
 }

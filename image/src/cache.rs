@@ -22,7 +22,12 @@ impl Cache {
             Some(dir) => PathBuf::from(dir),
             None => match std::env::var_os("HOME") {
                 Some(home) => PathBuf::from(home).join(".cache"),
-                None => return Err(Error::input("environment", "neither XDG_CACHE_HOME nor HOME is set: set one")),
+                None => {
+                    return Err(Error::input(
+                        "environment",
+                        "neither XDG_CACHE_HOME nor HOME is set: set one",
+                    ));
+                }
             },
         };
         Self::at(base.join("atoll"))
@@ -133,7 +138,8 @@ mod tests {
             Err(Error::format("test", "stop"))
         });
         assert!(failed.is_err() && !dir.path().join("kind/key").exists());
-        let place = cache.entry("kind", "key", |d| fs::write(d.join("whole"), b"x").map_err(Error::file("write", d)));
+        let place =
+            cache.entry("kind", "key", |d| fs::write(d.join("whole"), b"x").map_err(Error::file("write", d)));
         assert!(place.unwrap().join("whole").exists());
         let again = cache.entry("kind", "key", |_| Err(Error::format("test", "must not run"))).unwrap();
         assert!(!again.join("half").exists());
@@ -141,6 +147,9 @@ mod tests {
 
     #[test]
     fn keys_keep_inputs_apart() {
-        assert_ne!(Key::default().with("ab").with("c").finish(), Key::default().with("a").with("bc").finish());
+        assert_ne!(
+            Key::default().with("ab").with("c").finish(),
+            Key::default().with("a").with("bc").finish()
+        );
     }
 }

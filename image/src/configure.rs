@@ -14,7 +14,8 @@ const LABELS: [&str; 3] = ["ESP", "STATE", "DATA"];
 
 /// Checks `config` and writes it as `machine.yaml`.
 pub fn write(disk: &Path, config: &[u8]) -> Result<()> {
-    atoll_spec::machine::document::parse(config).map_err(|e| Error::input("machine config", format!("\n{e}")))?;
+    atoll_spec::machine::document::parse(config)
+        .map_err(|e| Error::input("machine config", format!("\n{e}")))?;
     let meta = std::fs::metadata(disk).map_err(Error::file("open", disk))?;
     let mut options = OpenOptions::new();
     options.read(true).write(true);
@@ -51,7 +52,8 @@ mod tests {
     fn image(dir: &Path) -> std::path::PathBuf {
         let path = dir.join("disk.raw");
         let layout = layout(Disk { esp: 40, state: 1, data: 1 });
-        let mut file = File::options().create(true).read(true).write(true).truncate(true).open(&path).unwrap();
+        let mut file =
+            File::options().create(true).read(true).write(true).truncate(true).open(&path).unwrap();
         file.set_len(layout.sectors * SECTOR).unwrap();
         gpt::write(&mut file, &layout).unwrap();
         let esp = layout.partitions[0];

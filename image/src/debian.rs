@@ -63,7 +63,11 @@ impl<'a> Debian<'a> {
             let file = downloaded(&incoming, package)?;
             let found = sha256_file(&file)?;
             if found != package.sha256 {
-                return Err(Error::Digest { name: package.name.clone(), found, wanted: package.sha256.clone() });
+                return Err(Error::Digest {
+                    name: package.name.clone(),
+                    found,
+                    wanted: package.sha256.clone(),
+                });
             }
             let place = store.join(format!("{}.deb", package.sha256));
             fs::rename(&file, &place).map_err(Error::file("move into place", &place))?;
@@ -138,7 +142,9 @@ fn downloaded(dir: &Path, package: &Package) -> Result<PathBuf> {
 /// A field of an apt record.
 fn field(record: &str, key: &str, package: &str) -> Result<String> {
     let found = record.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(": "));
-    found.map(str::to_string).ok_or_else(|| Error::format(format!("apt's record of {package}"), format!("no {key}")))
+    found
+        .map(str::to_string)
+        .ok_or_else(|| Error::format(format!("apt's record of {package}"), format!("no {key}")))
 }
 
 /// apt in its private root.
@@ -176,7 +182,9 @@ impl Apt {
 
     fn has_lists(&self) -> bool {
         let entries = fs::read_dir(self.root.join("state/lists"));
-        entries.is_ok_and(|entries| entries.flatten().any(|e| e.file_name().to_string_lossy().contains("_Packages")))
+        entries.is_ok_and(|entries| {
+            entries.flatten().any(|e| e.file_name().to_string_lossy().contains("_Packages"))
+        })
     }
 
     fn update(&self) -> Result<()> {

@@ -21,7 +21,9 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A program that the builder runs is not there.
-    #[error("cannot run {program}, needed to {purpose}: install it with the packages in qemu-test/packages.txt")]
+    #[error(
+        "cannot run {program}, needed to {purpose}: install it with the packages in qemu-test/packages.txt"
+    )]
     NoProgram {
         /// Its name.
         program: String,
@@ -63,7 +65,9 @@ pub enum Error {
         remedy: String,
     },
     /// A download is not what the lock file says.
-    #[error("{name} has sha256 {found}, image/debian.lock says {wanted}: do not use it; if the mirror is right, run `atoll-image lock`")]
+    #[error(
+        "{name} has sha256 {found}, image/debian.lock says {wanted}: do not use it; if the mirror is right, run `atoll-image lock`"
+    )]
     Digest {
         /// Package.
         name: String,
@@ -81,7 +85,9 @@ pub enum Error {
         problem: String,
     },
     /// The result is larger than the design allows.
-    #[error("{what} is {size} bytes, the limit is {limit}: see the table of sizes above for what to leave out")]
+    #[error(
+        "{what} is {size} bytes, the limit is {limit}: see the table of sizes above for what to leave out"
+    )]
     TooLarge {
         /// Which artefact.
         what: String,

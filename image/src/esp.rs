@@ -170,7 +170,8 @@ pub(crate) mod tests {
 
     /// An empty file system in memory, for tests that must not run programs.
     pub(crate) fn format<F: Read + Write + Seek>(mut partition: Window<F>) {
-        let options = fatfs::FormatVolumeOptions::new().fat_type(fatfs::FatType::Fat32).bytes_per_cluster(512);
+        let options =
+            fatfs::FormatVolumeOptions::new().fat_type(fatfs::FatType::Fat32).bytes_per_cluster(512);
         fatfs::format_volume(&mut partition, options).unwrap();
     }
 

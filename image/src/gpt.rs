@@ -129,8 +129,15 @@ pub fn read(disk: &mut (impl Read + Seek)) -> Result<Vec<Found>> {
         let (first, last) = (u64_at(entry, 32), u64_at(entry, 40));
         let units = entry[56..].chunks_exact(2).map(|u| u16::from_le_bytes([u[0], u[1]]));
         let label: Vec<u16> = units.take_while(|u| *u != 0).collect();
-        let sectors = last.checked_sub(first).filter(|_| last < 1 << 40).ok_or_else(|| wrong("a partition ends before it starts"))?;
-        Ok(Found { label: String::from_utf16_lossy(&label), offset: first * SECTOR, size: (sectors + 1) * SECTOR })
+        let sectors = last
+            .checked_sub(first)
+            .filter(|_| last < 1 << 40)
+            .ok_or_else(|| wrong("a partition ends before it starts"))?;
+        Ok(Found {
+            label: String::from_utf16_lossy(&label),
+            offset: first * SECTOR,
+            size: (sectors + 1) * SECTOR,
+        })
     })
     .collect()
 }

@@ -56,7 +56,8 @@ fn compile(archive: &Path, work: &Path, vmlinux: &Path) -> Result<()> {
         let program = Program::host("make", purpose).arg("-s").arg("-C").arg(&source);
         let program = program.arg(format!("O={}", objects.display())).arg(format!("-j{jobs}"));
         // What `uname -v` would otherwise tell of the build machine.
-        let program = program.env("KBUILD_BUILD_TIMESTAMP", "2026-01-01 00:00:00 UTC").env("KBUILD_BUILD_VERSION", "1");
+        let program =
+            program.env("KBUILD_BUILD_TIMESTAMP", "2026-01-01 00:00:00 UTC").env("KBUILD_BUILD_VERSION", "1");
         program.env("KBUILD_BUILD_USER", "atoll").env("KBUILD_BUILD_HOST", "build")
     };
     let configure = make("configure the guest kernel").env("KCONFIG_ALLCONFIG", &fragment);
@@ -85,7 +86,10 @@ fn check(fragment: &str, config: &str) -> Result<()> {
     if lost.is_empty() {
         return Ok(());
     }
-    let problem = format!("the kernel's configuration does not keep {}: an option it depends on is off", lost.join(", "));
+    let problem = format!(
+        "the kernel's configuration does not keep {}: an option it depends on is off",
+        lost.join(", ")
+    );
     Err(Error::input("image/guest-kernel.config", problem))
 }
 

@@ -34,7 +34,8 @@ pub fn prepare(cache: &Cache, lock: &Lock, tools: &Tools, profile: &Profile) -> 
     let mut names = profile.early_modules.clone();
     names.extend(profile.modules.iter().cloned());
     let chosen = index.closure(&names)?;
-    let key = Key::default().with(&package.sha256).with(chosen.join("\n")).with(&lock.get("kmod")?.sha256).finish();
+    let key =
+        Key::default().with(&package.sha256).with(chosen.join("\n")).with(&lock.get("kmod")?.sha256).finish();
     let dir = cache.entry("modules", &key, |dir| {
         let target = dir.join("lib/modules").join(release);
         for path in &chosen {
@@ -47,7 +48,8 @@ pub fn prepare(cache: &Cache, lock: &Lock, tools: &Tools, profile: &Profile) -> 
         tools.depmod().arg("-b").arg(dir).arg(release).run().map(drop)
     })?;
     let modules = dir.join("lib/modules").join(release);
-    let early = early.iter().map(|path| (name_of(path), modules.join(path.trim_end_matches(".xz")))).collect();
+    let early =
+        early.iter().map(|path| (name_of(path), modules.join(path.trim_end_matches(".xz")))).collect();
     let image = unpacked.join(format!("boot/vmlinuz-{release}"));
     Ok(Kernel { release: release.to_string(), image, modules, early })
 }

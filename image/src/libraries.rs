@@ -25,7 +25,8 @@ pub fn needs(path: &Path) -> Result<Needs> {
     if !bytes.starts_with(b"\x7fELF") {
         return Ok(Needs::default());
     }
-    let elf = goblin::elf::Elf::parse(&bytes).map_err(|e| Error::format(path.display().to_string(), e.to_string()))?;
+    let elf = goblin::elf::Elf::parse(&bytes)
+        .map_err(|e| Error::format(path.display().to_string(), e.to_string()))?;
     Ok(Needs {
         loader: elf.interpreter.map(str::to_string),
         libraries: elf.libraries.iter().map(|name| name.to_string()).collect(),

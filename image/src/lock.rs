@@ -45,15 +45,22 @@ impl Lock {
             let fields: Vec<&str> = line.split_whitespace().collect();
             let [name, version, architecture, sha256] = fields[..] else {
                 let place = format!("debian.lock line {}", number + 1);
-                return Err(Error::input(place, "want `name version architecture sha256`; run `atoll-image lock`"));
+                return Err(Error::input(
+                    place,
+                    "want `name version architecture sha256`; run `atoll-image lock`",
+                ));
             };
             if sha256.len() != 64 || !sha256.bytes().all(|b| b.is_ascii_hexdigit()) {
                 let place = format!("debian.lock line {}", number + 1);
                 return Err(Error::input(place, "the last field must be 64 hexadecimal digits"));
             }
             let own = |s: &str| s.to_string();
-            let package =
-                Package { name: own(name), version: own(version), architecture: own(architecture), sha256: own(sha256) };
+            let package = Package {
+                name: own(name),
+                version: own(version),
+                architecture: own(architecture),
+                sha256: own(sha256),
+            };
             packages.push(package);
         }
         Ok(Self::new(packages))
@@ -61,7 +68,9 @@ impl Lock {
 
     /// The file's text.
     pub fn to_text(&self) -> String {
-        let mut text = String::from("# Debian 13 packages that an image is made of: name version architecture sha256.\n");
+        let mut text = String::from(
+            "# Debian 13 packages that an image is made of: name version architecture sha256.\n",
+        );
         text.push_str("# Written by `atoll-image lock`; a change here is a change of the image.\n");
         for p in &self.packages {
             text.push_str(&format!("{} {} {} {}\n", p.name, p.version, p.architecture, p.sha256));

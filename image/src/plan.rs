@@ -81,7 +81,11 @@ pub fn plan(profile: &Profile, lock: &Lock, facts: &Facts<'_>) -> Result<Vec<Ste
     let (kernel, release) = lock.kernel()?;
     let mut fetch = Vec::new();
     let tools = TOOL_PACKAGES.iter().filter(|t| !packages.contains(t)).copied();
-    for name in packages.iter().copied().chain(tools).chain([BOOT_PACKAGE, guest_kernel::SOURCE, kernel.name.as_str()]) {
+    for name in packages.iter().copied().chain(tools).chain([
+        BOOT_PACKAGE,
+        guest_kernel::SOURCE,
+        kernel.name.as_str(),
+    ]) {
         let package = lock.get(name)?;
         fetch.push(format!("{} {}", package.name, package.version));
     }
@@ -143,14 +147,18 @@ impl fmt::Display for Step {
             }
             Self::System { packages, binaries, missing, services } => {
                 list(f, "pack system.erofs from packages", packages)?;
-                for (what, names) in [("binaries", binaries), ("missing binaries", missing), ("extra services", services)] {
+                for (what, names) in
+                    [("binaries", binaries), ("missing binaries", missing), ("extra services", services)]
+                {
                     if !names.is_empty() {
                         write!(f, "\n  {what}: {}", names.join(" "))?;
                     }
                 }
                 Ok(())
             }
-            Self::Initramfs(early) => list(f, "write the initramfs with system.erofs and early modules", early),
+            Self::Initramfs(early) => {
+                list(f, "write the initramfs with system.erofs and early modules", early)
+            }
             Self::Uki { file, command_line, limit } => {
                 write!(f, "link {file}, at most {limit} MiB\n  command line: {command_line}")
             }
@@ -207,12 +215,19 @@ mod tests {
             std::fs::write(&path, &text).unwrap();
         }
         let golden = std::fs::read_to_string(&path).unwrap();
-        assert!(text == golden, "the plan of {profile} is not {path} (ATOLL_BLESS=1 rewrites it); it is now:\n{text}");
+        assert!(
+            text == golden,
+            "the plan of {profile} is not {path} (ATOLL_BLESS=1 rewrites it); it is now:\n{text}"
+        );
     }
 
     #[test]
     fn the_release_plan_is_the_golden_one() {
-        check("release", &["atoll-init", "atoll-hostd", "atoll-runtime", "atoll-vmm", "atoll-agent", "atoll-guest"], true);
+        check(
+            "release",
+            &["atoll-init", "atoll-hostd", "atoll-runtime", "atoll-vmm", "atoll-agent", "atoll-guest"],
+            true,
+        );
     }
 
     #[test]

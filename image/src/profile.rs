@@ -12,7 +12,8 @@ const TEST: &str = include_str!("../profiles/test.yaml");
 /// Packages that every build needs beside those that a profile names: boot files, and tools that run here.
 pub const BOOT_PACKAGE: &str = "systemd-boot-efi";
 /// Packages whose programs run on the build machine.
-pub const TOOL_PACKAGES: &[&str] = &["dosfstools", "erofs-utils", "kmod", "mtools", "openssl", "osslsigncode"];
+pub const TOOL_PACKAGES: &[&str] =
+    &["dosfstools", "erofs-utils", "kmod", "mtools", "openssl", "osslsigncode"];
 
 /// What a profile file may say.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -101,7 +102,9 @@ impl Profile {
     pub fn load(name_or_path: &str) -> Result<Self> {
         let text = match built_in(name_or_path) {
             Some(text) => text.to_string(),
-            None => std::fs::read_to_string(name_or_path).map_err(Error::file("read profile", name_or_path))?,
+            None => {
+                std::fs::read_to_string(name_or_path).map_err(Error::file("read profile", name_or_path))?
+            }
         };
         Self::parse(name_or_path, &text)
     }
@@ -112,8 +115,9 @@ impl Profile {
         let base = match document.extends.as_deref() {
             None => None,
             Some(name) => {
-                let text = built_in(name)
-                    .ok_or_else(|| Error::input(what, format!("extends {name}: only release and test can be extended")))?;
+                let text = built_in(name).ok_or_else(|| {
+                    Error::input(what, format!("extends {name}: only release and test can be extended"))
+                })?;
                 Some(Self::parse(name, text)?)
             }
         };
@@ -141,14 +145,18 @@ fn built_in(name: &str) -> Option<&'static str> {
 fn read(what: &str, text: &str) -> Result<Document> {
     let document: Document = serde_saphyr::from_str(text).map_err(|e| Error::input(what, e.to_string()))?;
     if document.version != 1 {
-        return Err(Error::input(what, format!("version {}: this builder knows version 1", document.version)));
+        return Err(Error::input(
+            what,
+            format!("version {}: this builder knows version 1", document.version),
+        ));
     }
     Ok(document)
 }
 
 /// Adds what the document says to its base; lists grow, single values replace.
 fn complete(what: &str, document: Document, base: Option<Profile>) -> Result<Profile> {
-    let missing = |field: &str| Error::input(what, format!("{field} is missing, and nothing is extended that has it"));
+    let missing =
+        |field: &str| Error::input(what, format!("{field} is missing, and nothing is extended that has it"));
     let base_or = |f: fn(&Profile) -> Vec<String>| base.as_ref().map_or_else(Vec::new, f);
     let join = |mut first: Vec<String>, more: Vec<String>| {
         for item in more {
@@ -158,7 +166,8 @@ fn complete(what: &str, document: Document, base: Option<Profile>) -> Result<Pro
         }
         first
     };
-    let mut modules = join(base_or(|b| b.modules.clone()), document.modules.into_values().flatten().collect());
+    let mut modules =
+        join(base_or(|b| b.modules.clone()), document.modules.into_values().flatten().collect());
     modules.sort();
     let mut programs = base.as_ref().map_or_else(BTreeMap::new, |b| b.programs.clone());
     programs.extend(document.programs);
@@ -172,7 +181,10 @@ fn complete(what: &str, document: Document, base: Option<Profile>) -> Result<Pro
         binaries: join(base_or(|b| b.binaries.clone()), document.binaries),
         guest: document.guest.or(base.as_ref().map(|b| b.guest.clone())).ok_or_else(|| missing("guest"))?,
         disk: document.disk.or(base.as_ref().map(|b| b.disk)).ok_or_else(|| missing("disk"))?,
-        largest_uki: document.largest_uki.or(base.as_ref().map(|b| b.largest_uki)).ok_or_else(|| missing("largest-uki"))?,
+        largest_uki: document
+            .largest_uki
+            .or(base.as_ref().map(|b| b.largest_uki))
+            .ok_or_else(|| missing("largest-uki"))?,
         services: base.map_or_else(Vec::new, |b| b.services).into_iter().chain(document.services).collect(),
         name: document.name,
     })

@@ -38,7 +38,12 @@ pub fn debian(packages: &[&Package], roots: &[&Path]) -> Vec<Component> {
             name: p.name.clone(),
             version: p.version.clone(),
             licence: text.map_or_else(|| "NOASSERTION".into(), |t| licences(&t)),
-            purl: Some(format!("pkg:deb/debian/{}@{}?arch={}&distro=trixie", p.name, p.version.replace('+', "%2B"), p.architecture)),
+            purl: Some(format!(
+                "pkg:deb/debian/{}@{}?arch={}&distro=trixie",
+                p.name,
+                p.version.replace('+', "%2B"),
+                p.architecture
+            )),
             sha256: Some(p.sha256.clone()),
         }
     };
@@ -90,8 +95,10 @@ fn module_licence(module: &[u8]) -> Option<String> {
 /// The crates that the named programs are linked from, by `cargo metadata`.
 pub fn crates(manifest: &Path, programs: &[String]) -> Result<Vec<Component>> {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
-    let program = Program::host(&cargo, "list the crates").args(["metadata", "--format-version=1", "--locked"]);
-    let program = program.arg("--filter-platform=x86_64-unknown-linux-gnu").arg("--manifest-path").arg(manifest);
+    let program =
+        Program::host(&cargo, "list the crates").args(["metadata", "--format-version=1", "--locked"]);
+    let program =
+        program.arg("--filter-platform=x86_64-unknown-linux-gnu").arg("--manifest-path").arg(manifest);
     let bad = |e: serde_json::Error| Error::format("cargo metadata", e.to_string());
     let metadata: Value = serde_json::from_slice(&program.run()?).map_err(bad)?;
     Ok(reachable(&metadata, programs))
@@ -100,11 +107,13 @@ pub fn crates(manifest: &Path, programs: &[String]) -> Result<Vec<Component>> {
 fn reachable(metadata: &Value, programs: &[String]) -> Vec<Component> {
     let list = |value: &'_ Value| value.as_array().cloned().unwrap_or_default();
     let text = |value: &Value| value.as_str().unwrap_or_default().to_string();
-    let packages: BTreeMap<String, Value> = list(&metadata["packages"]).into_iter().map(|p| (text(&p["id"]), p)).collect();
+    let packages: BTreeMap<String, Value> =
+        list(&metadata["packages"]).into_iter().map(|p| (text(&p["id"]), p)).collect();
     let nodes: BTreeMap<String, Value> =
         list(&metadata["resolve"]["nodes"]).into_iter().map(|n| (text(&n["id"]), n)).collect();
     let builds = |p: &Value| list(&p["targets"]).iter().any(|t| programs.contains(&text(&t["name"])));
-    let mut pending: Vec<String> = packages.iter().filter(|(_, p)| builds(p)).map(|(id, _)| id.clone()).collect();
+    let mut pending: Vec<String> =
+        packages.iter().filter(|(_, p)| builds(p)).map(|(id, _)| id.clone()).collect();
     let mut seen = BTreeSet::new();
     while let Some(id) = pending.pop() {
         if !seen.insert(id.clone()) {
@@ -150,8 +159,7 @@ pub fn document(name: &str, components: &[Component]) -> Result<String> {
             "copyrightText": "NOASSERTION",
         });
         if let Some(purl) = &component.purl {
-            package["externalRefs"] =
-                json!([{"referenceCategory": "PACKAGE-MANAGER", "referenceType": "purl", "referenceLocator": purl}]);
+            package["externalRefs"] = json!([{"referenceCategory": "PACKAGE-MANAGER", "referenceType": "purl", "referenceLocator": purl}]);
         }
         if let Some(sha256) = &component.sha256 {
             package["checksums"] = json!([{"algorithm": "SHA256", "checksumValue": sha256}]);
@@ -173,9 +181,11 @@ pub fn document(name: &str, components: &[Component]) -> Result<String> {
         "packages": packages,
         "hasExtractedLicensingInfos": extracted,
     });
-    let namespace = format!("https://spdx.org/spdxdocs/{name}-{}", Key::default().with(document.to_string()).finish());
+    let namespace =
+        format!("https://spdx.org/spdxdocs/{name}-{}", Key::default().with(document.to_string()).finish());
     document["documentNamespace"] = Value::String(namespace);
-    let text = serde_json::to_string_pretty(&document).map_err(|e| Error::format("SPDX document", e.to_string()))?;
+    let text =
+        serde_json::to_string_pretty(&document).map_err(|e| Error::format("SPDX document", e.to_string()))?;
     Ok(text + "\n")
 }
 
@@ -188,7 +198,11 @@ fn expression(component: &Component, custom: &mut BTreeMap<String, String>) -> S
         // Old manifests write "or" as a slash.
         return component.licence.replace('/', " OR ");
     }
-    let id = format!("LicenseRef-{}-{}", component.origin, &Key::default().with(&component.licence).finish()[..12]);
+    let id = format!(
+        "LicenseRef-{}-{}",
+        component.origin,
+        &Key::default().with(&component.licence).finish()[..12]
+    );
     custom.insert(id.clone(), component.licence.clone());
     id
 }

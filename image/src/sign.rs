@@ -32,7 +32,9 @@ impl Signer {
 /// The key for tests and the demo: made once, kept in the cache, trusted by nobody else.
 pub fn test_signer(cache: &Cache, tools: &Tools) -> Result<Signer> {
     let dir = cache.entry("keys", "test", |dir| {
-        let program = tools.openssl("make a signing key for tests").args(["req", "-x509", "-newkey", "rsa:2048", "-sha256"]);
+        let program = tools
+            .openssl("make a signing key for tests")
+            .args(["req", "-x509", "-newkey", "rsa:2048", "-sha256"]);
         let program = program.args(["-nodes", "-days", "3650", "-subj", "/CN=Atoll test key/"]);
         program.arg("-keyout").arg(dir.join("test.key")).arg("-out").arg(dir.join("test.crt")).run().map(drop)
     })?;

@@ -7,8 +7,8 @@ use crate::cache::{Cache, Key, sha256_file};
 use crate::cpio;
 use crate::error::{Error, Result};
 use crate::libraries;
-use crate::program::Tools;
 use crate::profile::Profile;
+use crate::program::Tools;
 use crate::tree::{Content, Node, Tree};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -72,7 +72,9 @@ pub fn tree(inputs: Inputs<'_>) -> Result<Tree> {
 
 fn skeleton(tree: &mut Tree) {
     tree.directory("/", 0o755);
-    for mount_point in ["/proc", "/sys", "/dev", "/run", "/var", "/esp", "/state", "/data", "/usr/lib/firmware"] {
+    for mount_point in
+        ["/proc", "/sys", "/dev", "/run", "/var", "/esp", "/state", "/data", "/usr/lib/firmware"]
+    {
         tree.directory(mount_point, 0o755);
     }
     tree.directory("/tmp", 0o1777);
@@ -91,17 +93,19 @@ fn accounts(tree: &mut Tree) {
         "root:x:0:0:root:/root:/usr/sbin/nologin\natoll-agent:x:800:800:Atoll node agent:/:/usr/sbin/nologin\n\
          nobody:x:65534:65534:nobody:/:/usr/sbin/nologin\n",
     );
+    tree.text("/etc/group", "root:x:0:\natoll-agent:x:800:\natoll-cri:x:801:atoll-agent\nnogroup:x:65534:\n");
     tree.text(
-        "/etc/group",
-        "root:x:0:\natoll-agent:x:800:\natoll-cri:x:801:atoll-agent\nnogroup:x:65534:\n",
+        "/etc/nsswitch.conf",
+        "passwd: files\ngroup: files\nhosts: files dns\nservices: files\nprotocols: files\n",
     );
-    tree.text("/etc/nsswitch.conf", "passwd: files\ngroup: files\nhosts: files dns\nservices: files\nprotocols: files\n");
     tree.text("/etc/hosts", "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n");
 }
 
 /// `/etc/os-release`, also in the UKI, where the boot loader reads it.
 pub fn os_release(version: &str) -> String {
-    format!("ID=atoll\nNAME=Atoll\nPRETTY_NAME=\"Atoll {version}\"\nVERSION={version}\nVERSION_ID={version}\n")
+    format!(
+        "ID=atoll\nNAME=Atoll\nPRETTY_NAME=\"Atoll {version}\"\nVERSION={version}\nVERSION_ID={version}\n"
+    )
 }
 
 /// One file with every authority of ca-certificates, where libraries look for it.
@@ -120,16 +124,28 @@ fn certificates(tree: &mut Tree, packages: &Path) -> Result<()> {
 
 /// Packs a tree into erofs, once per content. The same content always gives the same bytes.
 pub fn pack(cache: &Cache, tools: &Tools, tree: &Tree) -> Result<PathBuf> {
-    const OPTIONS: [&str; 6] = ["-zlz4hc,level=12", "-C65536", "-T0", "-U00000000-0000-0000-0000-000000000000", "-x-1", "--quiet"];
+    const OPTIONS: [&str; 6] =
+        ["-zlz4hc,level=9", "-C65536", "-T0", "-U00000000-0000-0000-0000-000000000000", "-x-1", "--quiet"];
     let staging = cache.dir("system")?;
     let tar = staging.join(format!("tree.{}.tar", std::process::id()));
     let file = fs::File::create(&tar).map_err(Error::file("write", &tar))?;
     let mut writer = std::io::BufWriter::with_capacity(1 << 20, file);
     tree.write_tar(&mut writer)?;
     std::io::Write::flush(&mut writer).map_err(Error::file("write", &tar))?;
-    let key = Key::default().with(sha256_file(&tar)?).with(OPTIONS.join(" ")).with(tools.0.to_string_lossy().as_ref()).finish();
+    let key = Key::default()
+        .with(sha256_file(&tar)?)
+        .with(OPTIONS.join(" "))
+        .with(tools.0.to_string_lossy().as_ref())
+        .finish();
     let made = cache.entry("system", &key, |dir| {
-        tools.mkfs_erofs().args(OPTIONS).arg("--tar=f").arg(dir.join("system.erofs")).arg(&tar).run().map(drop)
+        tools
+            .mkfs_erofs()
+            .args(OPTIONS)
+            .arg("--tar=f")
+            .arg(dir.join("system.erofs"))
+            .arg(&tar)
+            .run()
+            .map(drop)
     });
     fs::remove_file(&tar).map_err(Error::file("remove", &tar))?;
     Ok(made?.join("system.erofs"))

@@ -100,7 +100,9 @@ impl Tree {
         for (path, node) in &self.nodes {
             let size = match node {
                 Node::File(_, Content::Bytes(bytes)) => bytes.len() as u64,
-                Node::File(_, Content::File(from)) => fs::metadata(from).map_err(Error::file("read", from))?.len(),
+                Node::File(_, Content::File(from)) => {
+                    fs::metadata(from).map_err(Error::file("read", from))?.len()
+                }
                 _ => continue,
             };
             if let Some(part) = PARTS.iter().position(|(prefix, _)| path.starts_with(prefix)) {
@@ -175,8 +177,11 @@ mod tests {
         let bytes = tar(["/usr/b/c", "/usr/a"]);
         assert_eq!(bytes, tar(["/usr/a", "/usr/b/c"]));
         let mut archive = tar::Archive::new(bytes.as_slice());
-        let names: Vec<String> =
-            archive.entries().unwrap().map(|e| e.unwrap().path().unwrap().to_string_lossy().into_owned()).collect();
+        let names: Vec<String> = archive
+            .entries()
+            .unwrap()
+            .map(|e| e.unwrap().path().unwrap().to_string_lossy().into_owned())
+            .collect();
         assert_eq!(names, ["a", "usr/", "usr/a", "usr/b/", "usr/b/c"]);
     }
 }

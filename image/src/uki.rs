@@ -24,7 +24,10 @@ pub fn link(stub: &[u8], sections: &[Section<'_>]) -> Result<Vec<u8>> {
     let pe = Headers::read(stub)?;
     let table_end = pe.table + (pe.count + sections.len()) * HEADER;
     if table_end > pe.headers_size {
-        return Err(Error::format("systemd's EFI stub", format!("no room for {} more section headers", sections.len())));
+        return Err(Error::format(
+            "systemd's EFI stub",
+            format!("no room for {} more section headers", sections.len()),
+        ));
     }
     let mut image = stub.to_vec();
     let mut address = pe.end_of_image(stub)?;
@@ -34,7 +37,8 @@ pub fn link(stub: &[u8], sections: &[Section<'_>]) -> Result<Vec<u8>> {
         let raw_size = section.content.len().next_multiple_of(pe.file_alignment);
         let mut header = [0; HEADER];
         header[..section.name.len()].copy_from_slice(section.name.as_bytes());
-        for (offset, value) in [(8, section.content.len()), (12, address), (16, raw_size), (20, image.len())] {
+        for (offset, value) in [(8, section.content.len()), (12, address), (16, raw_size), (20, image.len())]
+        {
             header[offset..offset + 4].copy_from_slice(&small(value)?.to_le_bytes());
         }
         header[36..].copy_from_slice(&CHARACTERISTICS.to_le_bytes());
@@ -105,7 +109,9 @@ fn u32_at(file: &[u8], at: usize) -> Result<usize> {
 
 fn u16_at(file: &[u8], at: usize) -> Result<usize> {
     let bytes = file.get(at..at + 2).and_then(|b| b.first_chunk());
-    bytes.map(|b| usize::from(u16::from_le_bytes(*b))).ok_or_else(|| Error::format("EFI program", "cut short"))
+    bytes
+        .map(|b| usize::from(u16::from_le_bytes(*b)))
+        .ok_or_else(|| Error::format("EFI program", "cut short"))
 }
 
 /// Names, addresses and contents of a PE file's sections: what the loader will see.
@@ -130,7 +136,8 @@ mod tests {
     /// A PE32+ file with one section, enough for the fields that matter.
     fn stub() -> Vec<u8> {
         let mut file = vec![0; 0x600];
-        let put = |file: &mut Vec<u8>, at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+        let put =
+            |file: &mut Vec<u8>, at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
         put(&mut file, 0x3c, &0x80u32.to_le_bytes());
         put(&mut file, 0x80, b"PE\0\0");
         put(&mut file, 0x86, &1u16.to_le_bytes());
@@ -151,10 +158,12 @@ mod tests {
     #[test]
     fn sections_follow_each_other_aligned() {
         let linux = vec![7; 5000];
-        let parts = [Section { name: ".osrel", content: b"ID=atoll\n" }, Section { name: ".linux", content: &linux }];
+        let parts =
+            [Section { name: ".osrel", content: b"ID=atoll\n" }, Section { name: ".linux", content: &linux }];
         let image = link(&stub(), &parts).unwrap();
         let seen = sections(&image).unwrap();
-        let shape: Vec<(&str, usize, usize)> = seen.iter().map(|(n, a, c)| (n.as_str(), *a, c.len())).collect();
+        let shape: Vec<(&str, usize, usize)> =
+            seen.iter().map(|(n, a, c)| (n.as_str(), *a, c.len())).collect();
         assert_eq!(shape, [(".text", 0x1000, 0x123), (".osrel", 0x2000, 9), (".linux", 0x3000, 5000)]);
         assert_eq!(seen[2].2, linux);
         assert_eq!(u32_at(&image, 0x98 + 56).unwrap(), 0x5000);

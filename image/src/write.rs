@@ -141,7 +141,10 @@ impl Build<'_> {
     }
 
     fn initramfs(&self, made: &mut Made) -> Result<()> {
-        let init = static_program(&self.bin_dir.join("atoll-init"), "the host's first process, which runs before any library is there")?;
+        let init = static_program(
+            &self.bin_dir.join("atoll-init"),
+            "the host's first process, which runs before any library is there",
+        )?;
         let read = |path: &Path| fs::read(path).map_err(Error::file("read", path));
         let early = host_kernel(made)?.early.iter();
         let early = early.map(|(name, path)| Ok((name.clone(), read(path)?))).collect::<Result<Vec<_>>>()?;
@@ -153,7 +156,8 @@ impl Build<'_> {
         let read = |path: &Path| fs::read(path).map_err(Error::file("read", path));
         let kernel = host_kernel(made)?;
         let (stub, linux) = (read(&made.boot.join("linuxx64.efi.stub"))?, read(&kernel.image)?);
-        let (os_release, command_line) = (system::os_release(self.version), self.profile.command_line.as_bytes());
+        let (os_release, command_line) =
+            (system::os_release(self.version), self.profile.command_line.as_bytes());
         let sections = [
             Section { name: ".osrel", content: os_release.as_bytes() },
             Section { name: ".cmdline", content: command_line },
@@ -163,7 +167,11 @@ impl Build<'_> {
         ];
         let image = uki::link(&stub, &sections)?;
         let size = image.len() as u64;
-        for (what, bytes) in [("host kernel", linux.len()), ("initramfs, packed", made.initramfs.len()), ("atoll.efi", image.len())] {
+        for (what, bytes) in [
+            ("host kernel", linux.len()),
+            ("initramfs, packed", made.initramfs.len()),
+            ("atoll.efi", image.len()),
+        ] {
             made.sizes.push((what.into(), bytes as u64));
         }
         made.initramfs = Vec::new();
@@ -190,7 +198,11 @@ impl Build<'_> {
         let loader = match self.signer {
             None => made.boot.join("systemd-bootx64.efi"),
             Some(signer) => {
-                signer.sign(tools(made)?, &made.boot.join("systemd-bootx64.efi"), &work.join("bootx64.efi"))?;
+                signer.sign(
+                    tools(made)?,
+                    &made.boot.join("systemd-bootx64.efi"),
+                    &work.join("bootx64.efi"),
+                )?;
                 work.join("bootx64.efi")
             }
         };
@@ -250,7 +262,9 @@ impl Build<'_> {
 fn static_program(path: &Path, role: &str) -> Result<Vec<u8>> {
     let bytes = fs::read(path).map_err(Error::file("read", path))?;
     if libraries::needs(path)?.loader.is_some() {
-        let problem = format!("needs shared libraries, but it is {role}: build it static (target x86_64-unknown-linux-musl)");
+        let problem = format!(
+            "needs shared libraries, but it is {role}: build it static (target x86_64-unknown-linux-musl)"
+        );
         return Err(Error::format(path.display().to_string(), problem));
     }
     Ok(bytes)
@@ -265,6 +279,8 @@ fn host_kernel(made: &Made) -> Result<&Kernel> {
 }
 
 fn size_table(sizes: &[(String, u64)]) -> String {
-    let line = |(what, bytes): &(String, u64)| format!("  {what:<36} {:>9.2} MiB\n", *bytes as f64 / f64::from(1 << 20));
+    let line = |(what, bytes): &(String, u64)| {
+        format!("  {what:<36} {:>9.2} MiB\n", *bytes as f64 / f64::from(1 << 20))
+    };
     sizes.iter().map(line).collect()
 }
