@@ -7,13 +7,19 @@
 //!
 //! Imports point one way, `cri → service → vm`; a lower module answers, or sends on a channel.
 
+pub mod app;
 pub mod config;
 pub mod console;
+pub mod cri;
 pub mod error;
+pub mod exec;
 pub mod images;
 pub mod logs;
+pub mod notify;
+pub mod server;
 pub mod service;
 pub mod spec;
+pub mod streaming;
 pub mod sys;
 pub mod vm;
 pub mod volumes;
