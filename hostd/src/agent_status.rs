@@ -53,5 +53,7 @@ fn watch(directory: &Path) -> std::io::Result<inotify::EventStream<[u8; 1024]>> 
 
 fn read(file: &Path) -> Option<AgentStatus> {
     let bytes = files::read(file, LIMIT).ok().flatten()?;
-    serde_json::from_slice(&bytes).inspect_err(|error| tracing::warn!(%error, "the agent's status is not readable")).ok()
+    serde_json::from_slice(&bytes)
+        .inspect_err(|error| tracing::warn!(%error, "the agent's status is not readable"))
+        .ok()
 }

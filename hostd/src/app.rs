@@ -19,8 +19,8 @@ use tokio::task::JoinSet;
 
 /// Between two attempts to prepare the storage.
 const STORAGE_RETRY: Duration = Duration::from_secs(30);
-/// Between two attempts to fetch the config.
-const URL_RETRY: Duration = Duration::from_secs(5);
+/// Between two attempts to fetch the config: the first pause, and the longest.
+const URL_RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 
 /// Prints what would be done, in order.
 pub async fn dry_run(options: &Options) -> Result<()> {
@@ -138,18 +138,24 @@ fn spawn_watchers(
     let sources = options.config_sources();
     if let Some(url) = config::url(&sources) {
         let events = events.clone();
-        tasks.spawn(async move {
-            loop {
-                let loaded = config::load_url(&url, &sources).await;
-                let done = loaded.origin == config::Origin::Url;
-                if events.send(Event::Fetched(Box::new(loaded))).await.is_err() || done {
-                    return;
-                }
-                tokio::time::sleep(URL_RETRY).await;
-            }
-        });
+        tasks.spawn(fetch_config(url, sources, events));
     }
     time_servers
+}
+
+/// Fetches the config at the URL until there is one without a problem.
+async fn fetch_config(url: String, sources: config::Sources, events: mpsc::Sender<Event>) {
+    let mut pause = URL_RETRY.0;
+    loop {
+        let fetched = config::load_url(&url, &sources).await;
+        let done = fetched.as_ref().is_ok_and(|loaded| loaded.origin == config::Origin::Url);
+        let event = Event::Fetched(fetched.map(Box::new).map_err(|error| chain(&error)));
+        if events.send(event).await.is_err() || done {
+            return;
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(URL_RETRY.1);
+    }
 }
 
 /// Carries what a task reports into the one stream of events.

@@ -18,7 +18,10 @@ pub fn read(state: &Path) -> String {
         (_, Some(id)) if id == boot.as_bytes() => "this boot; hostd was started again".into(),
         (Some(bytes), _) => match serde_json::from_slice::<RebootCause>(bytes) {
             Ok(cause) => {
-                format!("after {} ({}): {}, up for {} s", cause.action, cause.source, cause.reason, cause.uptime_s)
+                format!(
+                    "after {} ({}): {}, up for {} s",
+                    cause.action, cause.source, cause.reason, cause.uptime_s
+                )
             }
             Err(_) => "after a shutdown whose cause is not readable".into(),
         },

@@ -51,7 +51,11 @@ pub enum Authority {
 }
 
 /// Asks for ever. `servers` are names or addresses, an optional port with a colon after an address or name.
-pub async fn run(authority: Authority, mut servers: watch::Receiver<Vec<String>>, changes: mpsc::Sender<Clock>) {
+pub async fn run(
+    authority: Authority,
+    mut servers: watch::Receiver<Vec<String>>,
+    changes: mpsc::Sender<Clock>,
+) {
     let mut stepped = false;
     let mut poll = POLL.0;
     let mut retry = RETRY.0;
@@ -114,10 +118,17 @@ async fn round(servers: &[String]) -> Result<(String, Sample), String> {
 async fn ask(server: &str) -> Result<Sample, String> {
     let has_port = server.parse::<SocketAddr>().is_ok() || (server.matches(':').count() == 1);
     let bare = server.parse::<std::net::Ipv6Addr>().is_ok();
-    let name = if has_port { server.to_owned() } else if bare { format!("[{server}]:123") } else { format!("{server}:123") };
+    let name = if has_port {
+        server.to_owned()
+    } else if bare {
+        format!("[{server}]:123")
+    } else {
+        format!("{server}:123")
+    };
     let found = timeout(LOOKUP, tokio::net::lookup_host(name)).await;
     let found = found.map_err(|_| "its name was not found in time".to_owned())?;
-    let addresses: Vec<SocketAddr> = found.map_err(|error| format!("its name is not known: {error}"))?.take(2).collect();
+    let addresses: Vec<SocketAddr> =
+        found.map_err(|error| format!("its name is not known: {error}"))?.take(2).collect();
     let mut reason = "its name has no address".to_owned();
     for address in addresses {
         match timeout(ANSWER, exchange(address)).await {

@@ -5,8 +5,8 @@
 //! console says so. A file that was read without a problem becomes the last good config.
 
 use crate::error::{Result, chain};
-use crate::files::{self, Durability};
 use crate::fetch;
+use crate::files::{self, Durability};
 use atoll_spec::machine::document::{self, MAX_BYTES};
 use atoll_spec::machine::domain::Machine;
 use std::fmt;
@@ -86,19 +86,24 @@ pub fn load_local(sources: &Sources) -> Loaded {
     fall_back(problems, sources)
 }
 
-/// Loads the config from the URL; `None` when it gave nothing usable, with what to tell.
-pub async fn load_url(url: &str, sources: &Sources) -> Loaded {
-    match fetch::get(url, &sources.certificates, MAX_BYTES).await {
-        Ok(bytes) => judge(bytes, Origin::Url, Vec::new(), sources),
-        Err(error) => fall_back(vec![chain(&error)], sources),
-    }
+/// Loads the config from the URL. An error means that it could not be had; a file with problems is no error, it falls
+/// back to the last good config.
+pub async fn load_url(url: &str, sources: &Sources) -> Result<Loaded> {
+    let bytes = fetch::get(url, &sources.certificates, MAX_BYTES).await?;
+    Ok(judge(bytes, Origin::Url, Vec::new(), sources))
+}
+
+/// What to use when the URL's config cannot be had: the last good one, or none.
+pub fn without_url(reason: &str, sources: &Sources) -> Loaded {
+    fall_back(vec![reason.to_owned()], sources)
 }
 
 fn judge(bytes: Vec<u8>, origin: Origin, mut problems: Vec<String>, sources: &Sources) -> Loaded {
     match document::parse(&bytes) {
         Ok(machine) => Loaded { machine, origin, problems, keep: Some(bytes) },
         Err(found) => {
-            problems.push(format!("the machine config ({origin}) has {} and is not used:", count(found.count())));
+            problems
+                .push(format!("the machine config ({origin}) has {} and is not used:", count(found.count())));
             problems.extend(found.iter().map(|p| format!("  {p}")));
             fall_back(problems, sources)
         }
@@ -117,7 +122,7 @@ fn fall_back(mut problems: Vec<String>, sources: &Sources) -> Loaded {
         Some(Err(_)) | None => (Machine::default(), Origin::None),
     };
     if !problems.is_empty() && origin == Origin::LastGood {
-        problems.push("the last good config is used instead; mend the file and boot again".into());
+        problems.push("the last good config is used instead; mend this and boot again".into());
     }
     Loaded { machine, origin, problems, keep: None }
 }
@@ -159,7 +164,10 @@ mod tests {
         assert_eq!(load_local(&sources).machine.hostname.as_deref(), Some("esp"));
         fs::write(&sources.fw_cfg, GOOD).unwrap();
         let loaded = load_local(&sources);
-        assert_eq!((loaded.origin.clone(), loaded.machine.hostname.as_deref()), (Origin::FwCfg, Some("good")));
+        assert_eq!(
+            (loaded.origin.clone(), loaded.machine.hostname.as_deref()),
+            (Origin::FwCfg, Some("good"))
+        );
         loaded.remember(&sources).unwrap();
         assert_eq!(fs::read_to_string(&sources.last_good).unwrap(), GOOD);
     }
@@ -171,12 +179,18 @@ mod tests {
         fs::write(&sources.last_good, GOOD).unwrap();
         fs::write(&sources.esp, GOOD.replace("good", "BAD") + "kindd: a\n").unwrap();
         let loaded = load_local(&sources);
-        assert_eq!((loaded.origin.clone(), loaded.machine.hostname.as_deref()), (Origin::LastGood, Some("good")));
-        assert_eq!(loaded.problems, [
-            "the machine config (machine.yaml on the ESP) has 1 problem and is not used:",
-            "  kindd: unknown field: did you mean 'kind'?",
-            "the last good config is used instead; mend the file and boot again",
-        ]);
+        assert_eq!(
+            (loaded.origin.clone(), loaded.machine.hostname.as_deref()),
+            (Origin::LastGood, Some("good"))
+        );
+        assert_eq!(
+            loaded.problems,
+            [
+                "the machine config (machine.yaml on the ESP) has 1 problem and is not used:",
+                "  kindd: unknown field: did you mean 'kind'?",
+                "the last good config is used instead; mend this and boot again",
+            ]
+        );
         loaded.remember(&sources).unwrap();
         assert_eq!(fs::read_to_string(&sources.last_good).unwrap(), GOOD);
     }

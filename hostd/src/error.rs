@@ -87,7 +87,11 @@ impl<T> Context<T> for Result<T, rustix::io::Errno> {
 
 impl<T> Context<T> for Result<T, rtnetlink::Error> {
     fn context(self, operation: &'static str, object: impl std::fmt::Display) -> Result<T> {
-        self.map_err(|source| Error::Netlink { operation, object: object.to_string(), source: Box::new(source) })
+        self.map_err(|source| Error::Netlink {
+            operation,
+            object: object.to_string(),
+            source: Box::new(source),
+        })
     }
 }
 

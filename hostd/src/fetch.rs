@@ -80,7 +80,8 @@ async fn request(uri: &Uri, certificates: &Path, limit: usize) -> Result<Reply, 
         return exchange(connection, uri, &host, limit).await;
     }
     let config = trust(certificates)?;
-    let name = ServerName::try_from(bare.to_owned()).map_err(|_| format!("{host} cannot be a server's name"))?;
+    let name =
+        ServerName::try_from(bare.to_owned()).map_err(|_| format!("{host} cannot be a server's name"))?;
     let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
     let secured = connector.connect(name, connection).await;
     let secured = secured.map_err(|error| format!("TLS with {host}:{port} failed: {error}"))?;
@@ -103,7 +104,8 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let text = |error: hyper::Error| error.to_string();
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(text)?;
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(text)?;
     let path = uri.path_and_query().map_or("/", |p| p.as_str());
     let authority = uri.port_u16().map_or(host.to_owned(), |port| format!("{host}:{port}"));
     let request = http::Request::get(path)
@@ -124,7 +126,8 @@ where
             return Err(format!("the server answers {status}"));
         }
         let body = Limited::new(response.into_body(), limit).collect().await;
-        let body = body.map_err(|error| format!("the answer broke off or has more than {limit} bytes: {error}"))?;
+        let body =
+            body.map_err(|error| format!("the answer broke off or has more than {limit} bytes: {error}"))?;
         Ok(Reply::Content(body.to_bytes().to_vec()))
     };
     // The connection has to be driven while the answer is awaited; it ends with this function.
@@ -168,7 +171,10 @@ mod tests {
                            .......").await.unwrap_err();
         assert!(long.contains("more than 64 bytes"), "{long}");
         let missing = fetch(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n").await.unwrap_err();
-        assert!(missing.contains("404") && missing.contains("/machine.yaml") && !missing.contains("secret"), "{missing}");
+        assert!(
+            missing.contains("404") && missing.contains("/machine.yaml") && !missing.contains("secret"),
+            "{missing}"
+        );
         let cut = fetch(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nok").await.unwrap_err();
         assert!(cut.contains("broke off"), "{cut}");
     }

@@ -16,7 +16,13 @@ pub enum Durability {
 }
 
 /// Replaces `path` by a file with this content, mode and owner.
-pub fn replace(path: &Path, content: &[u8], mode: u32, owner: Option<u32>, durability: Durability) -> Result<()> {
+pub fn replace(
+    path: &Path,
+    content: &[u8],
+    mode: u32,
+    owner: Option<u32>,
+    durability: Durability,
+) -> Result<()> {
     let temporary = path.with_extension("new");
     // A leftover of a crash may have other rights: always a new file.
     match fs::remove_file(&temporary) {
@@ -26,8 +32,12 @@ pub fn replace(path: &Path, content: &[u8], mode: u32, owner: Option<u32>, durab
         _ => {}
     }
     let mut options = OpenOptions::new();
-    let mut file =
-        options.write(true).create_new(true).mode(mode).open(&temporary).context("create", temporary.display())?;
+    let mut file = options
+        .write(true)
+        .create_new(true)
+        .mode(mode)
+        .open(&temporary)
+        .context("create", temporary.display())?;
     let written = (|| {
         file.write_all(content)?;
         file.set_permissions(fs::Permissions::from_mode(mode))?;
@@ -50,7 +60,13 @@ pub fn replace(path: &Path, content: &[u8], mode: u32, owner: Option<u32>, durab
 }
 
 /// The same, unless the file has this content already. Returns whether it was replaced.
-pub fn keep(path: &Path, content: &[u8], mode: u32, owner: Option<u32>, durability: Durability) -> Result<bool> {
+pub fn keep(
+    path: &Path,
+    content: &[u8],
+    mode: u32,
+    owner: Option<u32>,
+    durability: Durability,
+) -> Result<bool> {
     if fs::read(path).is_ok_and(|old| old == content) {
         return Ok(false);
     }

@@ -10,7 +10,9 @@ pub enum GptError {
     #[error("there is no GPT: {0}")]
     NotGpt(&'static str),
     /// The checksum of the header or of the entries does not fit.
-    #[error("the checksum of its {0} does not fit: restore the table from its backup, or flash the disk again")]
+    #[error(
+        "the checksum of its {0} does not fit: restore the table from its backup, or flash the disk again"
+    )]
     Checksum(&'static str),
     /// The partition to grow is not there.
     #[error("there is no partition {0}")]

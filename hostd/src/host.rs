@@ -38,16 +38,18 @@ pub enum Event {
     Agent(Option<AgentStatus>),
     /// A service changed.
     Services(Vec<ServiceStatus>),
-    /// The config at the URL was fetched, or not.
-    Fetched(Box<Loaded>),
+    /// The config at the URL was fetched, or could not be.
+    Fetched(Result<Box<Loaded>, String>),
 }
 
 /// The state.
 pub struct Host {
     options: Options,
     machine: Machine,
-    /// A URL decides the config and has not been tried yet.
+    /// A URL decides the config and has given none yet.
     url_awaited: bool,
+    /// Why not.
+    url_failure: String,
     links: Links,
     view: View,
     machine_id: String,
@@ -60,7 +62,12 @@ pub struct Host {
 
 impl Host {
     /// Loads the config of this machine. The status has the storage in it already.
-    pub fn new(options: Options, mut status: Status, links: Links, time_servers: watch::Sender<Vec<String>>) -> Self {
+    pub fn new(
+        options: Options,
+        mut status: Status,
+        links: Links,
+        time_servers: watch::Sender<Vec<String>>,
+    ) -> Self {
         let sources = options.config_sources();
         status.boot_reason = boot_reason::read(&options.state);
         let mut host = Self {
@@ -69,6 +76,7 @@ impl Host {
             named_before: read_line(&options.state.join("machine/node-name")),
             machine: Machine::default(),
             url_awaited: config::url(&sources).is_some(),
+            url_failure: String::new(),
             links,
             view: View::default(),
             time_servers,
@@ -99,16 +107,25 @@ impl Host {
                 self.announce();
             }
             Event::Services(services) => self.status.services = services,
-            Event::Fetched(loaded) => {
+            Event::Fetched(Ok(loaded)) => {
                 self.url_awaited = false;
-                // Without a file from the URL and without a last good one, what this machine has is the best there is.
-                if loaded.origin == Origin::None {
-                    self.complain(&loaded);
-                } else {
-                    self.take_config(&loaded);
-                }
+                self.take_or_complain(&loaded);
             }
+            Event::Fetched(Err(reason)) => self.url_failure = reason,
         }
+    }
+
+    /// With no file from the URL and no last good one, what this machine has is the best there is.
+    fn take_or_complain(&mut self, loaded: &Loaded) {
+        if loaded.origin == Origin::None { self.complain(loaded) } else { self.take_config(loaded) }
+    }
+
+    /// The time to wait for the URL is over.
+    fn give_up_url(&mut self) {
+        self.url_awaited = false;
+        let reason = std::mem::take(&mut self.url_failure);
+        let loaded = config::without_url(&reason, &self.options.config_sources());
+        self.take_or_complain(&loaded);
     }
 
     /// The line that says that the host does what it is for.
@@ -151,6 +168,10 @@ impl Host {
 
     /// Brings everything to what is known.
     pub async fn refresh(&mut self, told: &watch::Sender<Status>, notifier: &Notifier) {
+        let late = Instant::now() >= self.deadline;
+        if late && self.url_awaited {
+            self.give_up_url();
+        }
         let hostname = self.machine.hostname.clone().or_else(|| self.named_before.clone());
         self.view = self.links.reconcile(&self.machine, hostname.as_deref()).await;
         self.status.set_problems(Area::Network, self.view.problems.clone());
@@ -159,7 +180,6 @@ impl Host {
         self.note_time_servers(&leased);
         let addresses = host_addresses(&self.view.desired);
         let was_ready = self.status.ready;
-        let late = Instant::now() >= self.deadline;
         if !was_ready && (late || self.settled(&addresses)) {
             self.say_what_is_missing(&addresses);
             self.status.ready = true;
@@ -203,11 +223,10 @@ impl Host {
                     'time.servers' in machine.yaml".into()]);
             }
             Clock::Unreachable(why) => {
-                console::say(&[format!("no time server answers ({why}): the clock of the machine is used, still trying")]);
+                console::say(&[format!(
+                    "no time server answers ({why}): the clock of the machine is used, still trying"
+                )]);
             }
-        }
-        if self.url_awaited {
-            console::say(&[format!("no machine config from the URL after {seconds} s: going on without, still trying")]);
         }
     }
 
@@ -287,6 +306,7 @@ pub fn system_name(os_release: &Path) -> String {
         let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='))?;
         Some(line.trim().trim_matches('"').to_owned())
     };
-    let pretty = value("PRETTY_NAME").or_else(|| Some(format!("{} {}", value("NAME")?, value("VERSION_ID")?)));
+    let pretty =
+        value("PRETTY_NAME").or_else(|| Some(format!("{} {}", value("NAME")?, value("VERSION_ID")?)));
     pretty.unwrap_or_else(|| concat!("Atoll ", env!("CARGO_PKG_VERSION")).to_owned())
 }

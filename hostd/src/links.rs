@@ -86,7 +86,10 @@ impl Links {
             match &step {
                 Step::StartDhcp(link) => {
                     if let Some(mac) = links.iter().find(|l| l.index == link.index).and_then(|l| l.mac) {
-                        self.start(client::Link { index: link.index, name: link.name.clone(), mac }, hostname);
+                        self.start(
+                            client::Link { index: link.index, name: link.name.clone(), mac },
+                            hostname,
+                        );
                     }
                 }
                 Step::StopDhcp(link) => {
@@ -120,7 +123,8 @@ impl Links {
     pub fn leased(&mut self, change: client::Change) {
         let state = match change.lease {
             Some((lease, end)) => {
-                if !matches!(self.leases.get(&change.link), Some((LeaseState::Held(old, _), _)) if *old == lease) {
+                if !matches!(self.leases.get(&change.link), Some((LeaseState::Held(old, _), _)) if *old == lease)
+                {
                     let seconds = lease.seconds.map_or("ever".into(), |s| format!("{s} s"));
                     tracing::info!(server = %lease.server, "DHCP lease of {} for {seconds}", lease.address);
                 }
@@ -149,7 +153,10 @@ impl Links {
     /// The leases that hold now.
     pub fn held(&self) -> Vec<Lease> {
         let states = self.lease_states();
-        states.into_values().filter_map(|s| if let LeaseState::Held(lease, _) = s { Some(*lease) } else { None }).collect()
+        states
+            .into_values()
+            .filter_map(|s| if let LeaseState::Held(lease, _) = s { Some(*lease) } else { None })
+            .collect()
     }
 
     /// Whether some link still waits for a first answer by DHCP.

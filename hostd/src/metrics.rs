@@ -59,7 +59,8 @@ pub async fn serve(listener: UnixListener, status: watch::Receiver<Status>, data
                 let answer = answer(&request, &status.borrow(), &data);
                 async move { Ok::<_, Infallible>(answer) }
             });
-            let serving = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+            let serving =
+                hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
             // A client that breaks off or is slow only harms itself.
             let _ = tokio::time::timeout(CONNECTION, serving).await;
             drop(permit);
@@ -130,7 +131,11 @@ fn metrics(status: &Status, space: Option<(u64, u64)>) -> String {
     out.sample("atoll_host_info", &[("system", &status.system), ("node", &status.node)], 1);
     out.gauge("atoll_host_ready", "Whether storage and network are up.", status.ready.into());
     let synchronised = matches!(status.clock, Clock::Synchronised { .. });
-    out.gauge("atoll_clock_synchronised", "Whether the clock is set from a time server.", synchronised.into());
+    out.gauge(
+        "atoll_clock_synchronised",
+        "Whether the clock is set from a time server.",
+        synchronised.into(),
+    );
     out.gauge("atoll_storage_persistent", "Whether data outlives a reboot.", status.persistent.into());
     out.gauge("atoll_problems", "Problems on the status screen.", status.problems.len() as u64);
     if let Some((total, free)) = space {
@@ -178,7 +183,10 @@ mod tests {
         assert!(text.contains("atoll_link_carrier{link=\"eth0\"} 1\n"), "{text}");
         for line in text.lines().filter(|l| !l.starts_with('#')) {
             let (name, value) = line.rsplit_once(' ').unwrap();
-            assert!(name.starts_with(|c: char| c.is_ascii_lowercase()) && value.parse::<u64>().is_ok(), "{line}");
+            assert!(
+                name.starts_with(|c: char| c.is_ascii_lowercase()) && value.parse::<u64>().is_ok(),
+                "{line}"
+            );
         }
     }
 

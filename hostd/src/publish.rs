@@ -62,8 +62,12 @@ impl Publication {
         };
         let registries = machine.registries.iter().map(|(host, registry)| {
             let (username, password) = registry.login.clone().unzip();
-            let config =
-                RegistryConfig { plain_http: registry.plain_http, ca_pem: registry.ca_pem.clone(), username, password };
+            let config = RegistryConfig {
+                plain_http: registry.plain_http,
+                ca_pem: registry.ca_pem.clone(),
+                username,
+                password,
+            };
             (host.clone(), config)
         });
         Self { agent, registries: RegistriesConfig { registries: registries.collect() }, resolv_conf }
@@ -119,7 +123,8 @@ fn resolv_conf<'a>(servers: &[IpAddr], search: impl Iterator<Item = &'a String>)
 pub fn node_name(machine: &Machine, before: Option<&str>, leased: Option<&str>, machine_id: &str) -> String {
     // The kernel takes 64 characters; a longer name from DHCP is cut to its first label.
     let fitting = |name: &&str| !name.is_empty() && name.len() <= 63;
-    let leased = leased.map(|name| if fitting(&name) { name } else { name.split('.').next().unwrap_or_default() });
+    let leased =
+        leased.map(|name| if fitting(&name) { name } else { name.split('.').next().unwrap_or_default() });
     let known = machine.hostname.as_deref().or(before.filter(fitting)).or(leased.filter(fitting));
     let id: String = machine_id.chars().filter(char::is_ascii_hexdigit).take(8).collect();
     known.map_or_else(|| format!("atoll-{}", id.to_ascii_lowercase()), str::to_owned)

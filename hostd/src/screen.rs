@@ -48,7 +48,11 @@ fn addresses(status: &Status) -> String {
         }
     };
     let links: Vec<String> = status.links.iter().map(describe).collect();
-    let gateway = if status.gateways.is_empty() { String::new() } else { format!(", gateway {}", join(&status.gateways)) };
+    let gateway = if status.gateways.is_empty() {
+        String::new()
+    } else {
+        format!(", gateway {}", join(&status.gateways))
+    };
     if links.is_empty() { "no network card found".into() } else { links.join("; ") + &gateway }
 }
 
@@ -97,11 +101,14 @@ fn todo(status: &Status) -> Vec<String> {
         out.push(if cable {
             "no link has a peer: plug in a cable, or check the switch port".into()
         } else {
-            "no address: check the DHCP server, or give 'network.links' with 'addresses' in machine.yaml".into()
+            "no address: check the DHCP server, or give 'network.links' with 'addresses' in machine.yaml"
+                .into()
         });
     }
     if status.links.is_empty() && status.ready {
-        out.push("no usable network card: 'network.links' matches none, or its driver is not in this image".into());
+        out.push(
+            "no usable network card: 'network.links' matches none, or its driver is not in this image".into(),
+        );
     }
     if let Some(error) = status.agent.as_ref().and_then(|a| a.last_error.clone()) {
         out.push(format!("agent: {error}"));
@@ -162,8 +169,12 @@ mod tests {
         status.gateways = vec!["10.0.0.1".parse().unwrap()];
         status.clock = Clock::Synchronised { server: "10.0.0.1".into() };
         status.join_server = Some("https://10.0.0.1:6443".into());
-        status.agent =
-            Some(AgentStatus { join: JoinState::Joined, node_ready: true, pods_running: 3, last_error: None });
+        status.agent = Some(AgentStatus {
+            join: JoinState::Joined,
+            node_ready: true,
+            pods_running: 3,
+            last_error: None,
+        });
         let text = lines(&status).join("\n");
         assert!(text.contains("  address   10.0.0.7 (eth0, DHCP), gateway 10.0.0.1\n"), "{text}");
         assert!(text.contains("joined https://10.0.0.1:6443, node is Ready, 3 pods running"), "{text}");
@@ -174,11 +185,14 @@ mod tests {
     fn what_is_wrong_comes_with_what_to_do() {
         let mut status = Status::new("Atoll 0.1.0".into());
         status.ready = true;
-        status.links = vec![LinkStatus { name: "eth0".into(), carrier: false, dhcp: true, addresses: vec![] }];
+        status.links =
+            vec![LinkStatus { name: "eth0".into(), carrier: false, dhcp: true, addresses: vec![] }];
         status.services = vec![service("runtime", ServiceState::BackingOff)];
         status.set_problems(Area::Config, ["hostname: wrong".into()]);
         let text = lines(&status).join("\n");
-        for part in ["! hostname: wrong", "plug in a cable", "'join' section", "runtime keeps failing: exit code 1"] {
+        for part in
+            ["! hostname: wrong", "plug in a cable", "'join' section", "runtime keeps failing: exit code 1"]
+        {
             assert!(text.contains(part), "{part}: {text}");
         }
         status.set_problems(Area::Config, []);

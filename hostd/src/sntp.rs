@@ -19,7 +19,8 @@ pub fn to_ntp(unix_nanos: i128) -> u64 {
 /// `not_before`, because a clock that was never set may be decades behind.
 pub fn from_ntp(timestamp: u64, not_before: i128) -> i128 {
     let nanos = ((i128::from(timestamp) * NANOS) >> 32) - NTP_TO_UNIX * NANOS;
-    let eras = (not_before - nanos).max(0).div_euclid(ERA) + i128::from((not_before - nanos).max(0) % ERA != 0);
+    let eras =
+        (not_before - nanos).max(0).div_euclid(ERA) + i128::from((not_before - nanos).max(0) % ERA != 0);
     nanos + eras * ERA
 }
 

@@ -111,7 +111,11 @@ impl Status {
             Clock::Synchronised { .. } => "clock synchronised",
             Clock::NoServer | Clock::Asking | Clock::Unreachable(_) => "clock not synchronised",
         };
-        let problems = if self.problems.is_empty() { String::new() } else { format!(", {} problems", self.problems.len()) };
+        let problems = if self.problems.is_empty() {
+            String::new()
+        } else {
+            format!(", {} problems", self.problems.len())
+        };
         format!("{addresses} addresses, {clock}{problems}")
     }
 }

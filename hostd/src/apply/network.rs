@@ -37,7 +37,10 @@ pub async fn apply(netlink: &Handle, step: &Step) -> Result<()> {
 }
 
 /// What was to be removed may be gone already.
-fn tolerate(result: std::result::Result<(), rtnetlink::Error>, errno: i32) -> std::result::Result<(), rtnetlink::Error> {
+fn tolerate(
+    result: std::result::Result<(), rtnetlink::Error>,
+    errno: i32,
+) -> std::result::Result<(), rtnetlink::Error> {
     match result {
         Err(rtnetlink::Error::NetlinkError(message)) if message.raw_code() == -errno => Ok(()),
         other => other,
@@ -52,19 +55,22 @@ async fn set_address(netlink: &Handle, link: &Target, address: &Address) -> Resu
         info.ifa_valid = seconds;
         message.attributes.push(AddressAttribute::CacheInfo(info));
     }
-    let mut request = netlink.address().add(link.index, address.net.addr(), address.net.prefix_len()).replace();
+    let mut request =
+        netlink.address().add(link.index, address.net.addr(), address.net.prefix_len()).replace();
     *request.message_mut() = message;
     request.execute().await.context("add an address", format!("{} to {}", address.net, link.name))
 }
 
 fn address_message(link: &Target, net: &IpNet) -> AddressMessage {
     match net {
-        IpNet::V4(v4) => {
-            AddressMessageBuilder::<Ipv4Addr>::new().index(link.index).address(v4.addr(), v4.prefix_len()).build()
-        }
-        IpNet::V6(v6) => {
-            AddressMessageBuilder::<Ipv6Addr>::new().index(link.index).address(v6.addr(), v6.prefix_len()).build()
-        }
+        IpNet::V4(v4) => AddressMessageBuilder::<Ipv4Addr>::new()
+            .index(link.index)
+            .address(v4.addr(), v4.prefix_len())
+            .build(),
+        IpNet::V6(v6) => AddressMessageBuilder::<Ipv6Addr>::new()
+            .index(link.index)
+            .address(v6.addr(), v6.prefix_len())
+            .build(),
     }
 }
 

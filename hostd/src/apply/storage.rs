@@ -32,7 +32,8 @@ pub async fn apply(step: &Step) -> Result<()> {
             let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOATIME;
             let options = std::ffi::CString::new(options).map_err(std::io::Error::other);
             let options = options.context("mount memory at", target.display())?;
-            mount("tmpfs", target, "tmpfs", flags, options.as_c_str()).context("mount memory at", target.display())
+            mount("tmpfs", target, "tmpfs", flags, options.as_c_str())
+                .context("mount memory at", target.display())
         }
         Step::Directory { path, mode, owner } => directory(path, *mode, *owner),
     }
@@ -43,7 +44,9 @@ fn grow_partition(disk: &Path, number: u32) -> Result<()> {
     let table = read_table(disk)?;
     let file = OpenOptions::new().read(true).write(true).open(disk).context("open for writing", &shown)?;
     let bytes = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).context("measure", &shown)?;
-    let growth = table.grow(number, bytes).map_err(|source| Error::PartitionTable { device: shown.to_string(), source })?;
+    let growth = table
+        .grow(number, bytes)
+        .map_err(|source| Error::PartitionTable { device: shown.to_string(), source })?;
     let Some(growth) = growth else { return Ok(()) };
     // In this order, each safely on the disk before the next: a power cut leaves one whole table.
     for (offset, content) in &growth.writes {
@@ -89,7 +92,8 @@ fn mount_volume(device: &Path, target: &Path, how: Mounting) -> Result<()> {
         Mounting::Esp => ("vfat", safe | MountFlags::NOEXEC | MountFlags::RDONLY, c"fmask=0177,dmask=0077"),
         Mounting::Ext4 => ("ext4", safe | MountFlags::NOATIME, c"errors=remount-ro"),
     };
-    fs::create_dir_all(target).or_else(|error| if target.is_dir() { Ok(()) } else { Err(error) })
+    fs::create_dir_all(target)
+        .or_else(|error| if target.is_dir() { Ok(()) } else { Err(error) })
         .context("create", target.display())?;
     mount(device, target, kind, flags, options)
         .context("mount", format_args!("{} ({kind}) at {}", device.display(), target.display()))
@@ -126,9 +130,19 @@ impl Outcome {
     }
 }
 
-async fn run(program: &str, arguments: &[&std::ffi::OsStr], device: &Path, limit: Duration) -> Result<Outcome> {
+async fn run(
+    program: &str,
+    arguments: &[&std::ffi::OsStr],
+    device: &Path,
+    limit: Duration,
+) -> Result<Outcome> {
     let mut command = Command::new(program);
-    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+    command
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
     let failed = |outcome: String| Error::Program {
         program: program.into(),
         object: device.display().to_string(),
@@ -138,7 +152,9 @@ async fn run(program: &str, arguments: &[&std::ffi::OsStr], device: &Path, limit
         .await
         .map_err(|_| failed(format!("took longer than {} s and was stopped", limit.as_secs())))?
         .map_err(|error| failed(format!("cannot be started: {error}")))?;
-    let text = String::from_utf8_lossy(if output.stderr.is_empty() { &output.stdout } else { &output.stderr }).into_owned();
+    let text =
+        String::from_utf8_lossy(if output.stderr.is_empty() { &output.stdout } else { &output.stderr })
+            .into_owned();
     let last = text.lines().rev().map(str::trim).find(|l| !l.is_empty()).unwrap_or_default();
     Ok(Outcome { code: output.status.code(), words: last.chars().take(300).collect() })
 }

@@ -35,7 +35,8 @@ pub struct Change {
 
 /// Runs a client until the task is dropped, or the link goes away.
 pub async fn run(link: Link, hostname: Option<String>, changes: mpsc::Sender<Change>) -> Result<()> {
-    let raw = sys::packet_socket(link.index, frame::CLIENT_PORT).context("open a DHCP socket on", &link.name)?;
+    let raw =
+        sys::packet_socket(link.index, frame::CLIENT_PORT).context("open a DHCP socket on", &link.name)?;
     // Not UDP to the kernel, but `UdpSocket` only waits and calls recv(2), which is the same for a packet socket.
     let socket = UdpSocket::from_std(raw.into()).context("watch the DHCP socket of", &link.name)?;
     let began = Instant::now();

@@ -202,7 +202,9 @@ impl Machine {
 
     /// Asks to keep the lease: its server until T2, then everyone, until it ends.
     fn extend(&mut self, now: f64) -> Vec<Action> {
-        let (State::Renewing(lease) | State::Rebinding(lease)) = self.state.clone() else { return Vec::new() };
+        let (State::Renewing(lease) | State::Rebinding(lease)) = self.state.clone() else {
+            return Vec::new();
+        };
         let end = lease.seconds.map_or(f64::INFINITY, |s| self.leased + f64::from(s));
         let rebind = self.leased + f64::from(lease.rebind_after);
         if now >= end {
@@ -260,7 +262,9 @@ mod tests {
 
     fn bound(seconds: u32) -> Machine {
         let mut machine = Machine::new(MAC, None, 7, 0.0);
-        assert!(matches!(&machine.step(Input::Timer, 0.0)[..], [Action::Broadcast(m)] if m.kind == Kind::Discover));
+        assert!(
+            matches!(&machine.step(Input::Timer, 0.0)[..], [Action::Broadcast(m)] if m.kind == Kind::Discover)
+        );
         let input = reply(&machine, Kind::Offer, seconds);
         assert!(matches!(&machine.step(input, 0.1)[..], [Action::Broadcast(m)] if m.kind == Kind::Request));
         let input = reply(&machine, Kind::Ack, seconds);
@@ -277,7 +281,9 @@ mod tests {
             let actions = machine.step(Input::Timer, now);
             match &actions[..] {
                 [Action::Unicast(server, m)] => {
-                    assert!(now < 3150.2 && *server == Ipv4Addr::new(10, 0, 0, 1) && !m.ciaddr.is_unspecified());
+                    assert!(
+                        now < 3150.2 && *server == Ipv4Addr::new(10, 0, 0, 1) && !m.ciaddr.is_unspecified()
+                    );
                     unicasts += 1;
                 }
                 [Action::Broadcast(m)] => {

@@ -96,7 +96,11 @@ impl Message {
     /// Reads a message; `None` for anything that is not a DHCP message over Ethernet.
     pub fn parse(bytes: &[u8]) -> Option<Self> {
         let header = bytes.get(..HEADER)?;
-        if !matches!(header[0], 1 | 2) || header[1] != 1 || header[2] != 6 || bytes.get(HEADER..HEADER + 4)? != COOKIE {
+        if !matches!(header[0], 1 | 2)
+            || header[1] != 1
+            || header[2] != 6
+            || bytes.get(HEADER..HEADER + 4)? != COOKIE
+        {
             return None;
         }
         let mut options = BTreeMap::new();
@@ -217,7 +221,8 @@ impl Lease {
         let seconds = message.number(51).filter(|s| *s != u32::MAX).map(|s| s.max(MIN_LEASE));
         let whole = seconds.unwrap_or(u32::MAX);
         let rebind_after = message.number(59).filter(|t| *t < whole).unwrap_or(whole / 8 * 7);
-        let renew_after = message.number(58).filter(|t| *t < rebind_after).unwrap_or((whole / 2).min(rebind_after));
+        let renew_after =
+            message.number(58).filter(|t| *t < rebind_after).unwrap_or((whole / 2).min(rebind_after));
         let classless = message.options.get(&121).map(|bytes| classless_routes(bytes)).unwrap_or_default();
         // RFC 3442: a server's classless routes replace its routers.
         let routes = if classless.is_empty() {
@@ -289,27 +294,35 @@ pub(crate) mod tests {
 
     #[test]
     fn a_lease_holds_what_the_options_say() {
-        let message = offer(Kind::Ack, 1, &[
-            (51, &3600u32.to_be_bytes()),
-            (3, &[10, 0, 0, 1]),
-            (6, &[10, 0, 0, 2, 10, 0, 0, 3]),
-            (12, b"Node-7"),
-            (15, b"example.org."),
-            (26, &[5, 220]),
-            (42, &[10, 0, 0, 4]),
-        ]);
+        let message = offer(
+            Kind::Ack,
+            1,
+            &[
+                (51, &3600u32.to_be_bytes()),
+                (3, &[10, 0, 0, 1]),
+                (6, &[10, 0, 0, 2, 10, 0, 0, 3]),
+                (12, b"Node-7"),
+                (15, b"example.org."),
+                (26, &[5, 220]),
+                (42, &[10, 0, 0, 4]),
+            ],
+        );
         let lease = Lease::from_message(&message).unwrap();
         assert_eq!(lease.address.to_string(), "10.0.0.7/24");
         assert_eq!(lease.routes, [(Ipv4Net::default(), Ipv4Addr::new(10, 0, 0, 1))]);
         assert_eq!((lease.dns.len(), lease.ntp.len(), lease.mtu), (2, 1, Some(1500)));
-        assert_eq!((lease.hostname.as_deref(), lease.domain.as_deref()), (Some("node-7"), Some("example.org")));
+        assert_eq!(
+            (lease.hostname.as_deref(), lease.domain.as_deref()),
+            (Some("node-7"), Some("example.org"))
+        );
         assert_eq!((lease.seconds, lease.renew_after, lease.rebind_after), (Some(3600), 1800, 3150));
     }
 
     #[test]
     fn classless_routes_replace_the_router() {
         let routes = [24, 192, 168, 5, 10, 0, 0, 9, 0, 10, 0, 0, 1, 32, 169, 254, 169, 254, 0, 0, 0, 0];
-        let lease = Lease::from_message(&offer(Kind::Ack, 1, &[(3, &[10, 0, 0, 99]), (121, &routes)])).unwrap();
+        let lease =
+            Lease::from_message(&offer(Kind::Ack, 1, &[(3, &[10, 0, 0, 99]), (121, &routes)])).unwrap();
         let text: Vec<String> = lease.routes.iter().map(|(to, via)| format!("{to} {via}")).collect();
         assert_eq!(text, ["192.168.5.0/24 10.0.0.9", "0.0.0.0/0 10.0.0.1", "169.254.169.254/32 0.0.0.0"]);
         assert_eq!(lease.seconds, None);

@@ -5,7 +5,9 @@ use crate::plan::network::{Address, Link, Origin, Route};
 use futures_util::TryStreamExt;
 use ipnet::IpNet;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
-use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage};
+use rtnetlink::packet_route::link::{
+    InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol};
 use rtnetlink::{Handle, RouteMessageBuilder};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -16,7 +18,8 @@ const MAIN_TABLE: u32 = 254;
 
 /// All links with their addresses and our routes.
 pub async fn observe(netlink: &Handle, sys: &Path) -> Result<Vec<Link>> {
-    let messages: Vec<LinkMessage> = netlink.link().get().execute().try_collect().await.context("list", "links")?;
+    let messages: Vec<LinkMessage> =
+        netlink.link().get().execute().try_collect().await.context("list", "links")?;
     let mut links: Vec<Link> = messages.iter().map(|message| link(message, sys)).collect();
     let messages: Vec<AddressMessage> =
         netlink.address().get().execute().try_collect().await.context("list", "addresses")?;
@@ -25,10 +28,9 @@ pub async fn observe(netlink: &Handle, sys: &Path) -> Result<Vec<Link>> {
             link.addresses.extend(address(message));
         }
     }
-    for filter in [
-        RouteMessageBuilder::<Ipv4Addr>::new().build(),
-        RouteMessageBuilder::<Ipv6Addr>::new().build(),
-    ] {
+    for filter in
+        [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()]
+    {
         let messages: Vec<RouteMessage> =
             netlink.route().get(filter).execute().try_collect().await.context("list", "routes")?;
         for (index, route) in messages.iter().filter_map(route) {
@@ -90,7 +92,8 @@ fn route(message: &RouteMessage) -> Option<(u32, Route)> {
         _ => return None,
     };
     let v4 = message.header.address_family == rtnetlink::packet_route::AddressFamily::Inet;
-    let mut destination: IpAddr = if v4 { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let mut destination: IpAddr =
+        if v4 { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let (mut via, mut metric, mut index, mut table) = (None, 0, None, u32::from(message.header.table));
     for attribute in &message.attributes {
         match attribute {

@@ -60,7 +60,8 @@ fn disks(from: &Sources) -> Result<Vec<Disk>> {
             }
             Some("partition") => {
                 // The link leads to .../block/vda/vda3.
-                let parent = fs::canonicalize(&directory).ok().and_then(|p| p.parent().map(Path::to_path_buf));
+                let parent =
+                    fs::canonicalize(&directory).ok().and_then(|p| p.parent().map(Path::to_path_buf));
                 let parent = parent.and_then(|p| Some(p.file_name()?.to_string_lossy().into_owned()));
                 partitions.push((parent.unwrap_or_default(), partition(from, &directory, &name, &uevent)));
             }
@@ -136,8 +137,10 @@ pub fn read_table(device: &Path) -> Result<gpt::Table> {
     let sector = rustix::fs::ioctl_blksszget(&disk).unwrap_or(512) as usize;
     let mut start = vec![0; gpt::PRIMARY_BYTES];
     disk.read_exact_at(&mut start, 0).context("read the partition table of", device.display())?;
-    gpt::Table::parse(&start, sector)
-        .map_err(|source| crate::error::Error::PartitionTable { device: device.display().to_string(), source })
+    gpt::Table::parse(&start, sector).map_err(|source| crate::error::Error::PartitionTable {
+        device: device.display().to_string(),
+        source,
+    })
 }
 
 /// Four bytes of attributes, then text in UTF-16.
@@ -168,14 +171,19 @@ mod tests {
         fs::create_dir_all(sys.join("firmware/efi/efivars")).unwrap();
         fs::write(disk.join("uevent"), "MAJOR=254\nDEVNAME=vda\nDEVTYPE=disk\n").unwrap();
         fs::write(disk.join("size"), "2048\n").unwrap();
-        fs::write(part.join("uevent"), "DEVNAME=vda3\nDEVTYPE=partition\nPARTN=3\nPARTNAME=STATE\nPARTUUID=AB\n").unwrap();
+        fs::write(
+            part.join("uevent"),
+            "DEVNAME=vda3\nDEVTYPE=partition\nPARTN=3\nPARTNAME=STATE\nPARTUUID=AB\n",
+        )
+        .unwrap();
         fs::write(part.join("start"), "64\n").unwrap();
         fs::write(part.join("size"), "128\n").unwrap();
         for (name, to) in [("vda", &disk), ("vda3", &part)] {
             std::os::unix::fs::symlink(to, sys.join("class/block").join(name)).unwrap();
         }
         let text: Vec<u8> = "AB-CD\0".encode_utf16().flat_map(u16::to_le_bytes).collect();
-        fs::write(sys.join("firmware/efi/efivars").join(BOOT_VARIABLE), [&[6, 0, 0, 0], &text[..]].concat()).unwrap();
+        fs::write(sys.join("firmware/efi/efivars").join(BOOT_VARIABLE), [&[6, 0, 0, 0], &text[..]].concat())
+            .unwrap();
         let mountinfo = root.path().join("mountinfo");
         fs::write(&mountinfo, "22 1 0:20 / /state rw,noatime - ext4 /dev/vda3 rw\n").unwrap();
         let observed = observe(&Sources { sys, dev: "/dev".into(), mountinfo }).unwrap();

@@ -135,7 +135,9 @@ impl fmt::Display for Step {
         match self {
             Self::SetMtu(link, mtu) => write!(f, "{}: set MTU {mtu}", link.name),
             Self::Up(link) => write!(f, "{}: switch on", link.name),
-            Self::SetAddress(link, Address { net, seconds: None }) => write!(f, "{}: address {net}", link.name),
+            Self::SetAddress(link, Address { net, seconds: None }) => {
+                write!(f, "{}: address {net}", link.name)
+            }
             Self::SetAddress(link, Address { net, seconds: Some(s) }) => {
                 write!(f, "{}: address {net} for {s} s", link.name)
             }
@@ -347,15 +349,26 @@ mod tests {
         }
     }
 
-    fn steps(machine: &Machine, links: &[Link], leases: &BTreeMap<u32, LeaseState>, clients: &[u32]) -> Vec<String> {
+    fn steps(
+        machine: &Machine,
+        links: &[Link],
+        leases: &BTreeMap<u32, LeaseState>,
+        clients: &[u32],
+    ) -> Vec<String> {
         plan(&desired(machine, links, leases), links, clients).iter().map(ToString::to_string).collect()
     }
 
     /// What the kernel would have after the steps.
     fn apply(links: &mut [Link], steps: &[Step], clients: &mut Vec<u32>) {
         for step in steps {
-            let (Step::SetMtu(t, _) | Step::Up(t) | Step::SetAddress(t, _) | Step::RemoveAddress(t, _)
-            | Step::AddRoute(t, _) | Step::RemoveRoute(t, _) | Step::StartDhcp(t) | Step::StopDhcp(t)) = step;
+            let (Step::SetMtu(t, _)
+            | Step::Up(t)
+            | Step::SetAddress(t, _)
+            | Step::RemoveAddress(t, _)
+            | Step::AddRoute(t, _)
+            | Step::RemoveRoute(t, _)
+            | Step::StartDhcp(t)
+            | Step::StopDhcp(t)) = step;
             let Some(link) = links.iter_mut().find(|l| l.index == t.index) else {
                 clients.retain(|c| *c != t.index);
                 continue;
@@ -390,11 +403,14 @@ mod tests {
         link.up = true;
         let leases = BTreeMap::from([(2, LeaseState::Held(Box::new(lease()), Some(3600)))]);
         let found = steps(&Machine::default(), &[link], &leases, &[2]);
-        assert_eq!(found, [
-            "eth2: set MTU 1400",
-            "eth2: address 10.0.0.7/24 for 3600 s",
-            "eth2: route 0.0.0.0/0 via 10.0.0.1 metric 102",
-        ]);
+        assert_eq!(
+            found,
+            [
+                "eth2: set MTU 1400",
+                "eth2: address 10.0.0.7/24 for 3600 s",
+                "eth2: route 0.0.0.0/0 via 10.0.0.1 metric 102",
+            ]
+        );
     }
 
     #[test]
@@ -415,15 +431,18 @@ mod tests {
              192.0.2.1}]}, {match: {name: eth4}}",
         );
         let found = steps(&machine, &[card(2), card(3), card(4)], &BTreeMap::new(), &[2]);
-        assert_eq!(found, [
-            "eth3: set MTU 9000",
-            "eth3: switch on",
-            "eth3: address 192.0.2.10/24",
-            "eth3: route 0.0.0.0/0 via 192.0.2.1 metric 103",
-            "eth4: switch on",
-            "eth4: ask for an address by DHCP",
-            "eth2: stop DHCP",
-        ]);
+        assert_eq!(
+            found,
+            [
+                "eth3: set MTU 9000",
+                "eth3: switch on",
+                "eth3: address 192.0.2.10/24",
+                "eth3: route 0.0.0.0/0 via 192.0.2.1 metric 103",
+                "eth4: switch on",
+                "eth4: ask for an address by DHCP",
+                "eth2: stop DHCP",
+            ]
+        );
     }
 
     #[test]
@@ -447,8 +466,8 @@ mod tests {
 
     fn any_link() -> impl Strategy<Value = Link> {
         let address = (0u8..4, proptest::option::of(1u32..4000));
-        (2u32..5, any::<bool>(), any::<bool>(), 1400u32..1502, proptest::collection::vec(address, 0..3)).prop_map(
-            |(index, up, card_, mtu, addresses)| Link {
+        (2u32..5, any::<bool>(), any::<bool>(), 1400u32..1502, proptest::collection::vec(address, 0..3))
+            .prop_map(|(index, up, card_, mtu, addresses)| Link {
                 up,
                 mtu,
                 card: card_,
@@ -457,8 +476,7 @@ mod tests {
                     .map(|(n, seconds)| Address { net: format!("10.0.0.{n}/24").parse().unwrap(), seconds })
                     .collect(),
                 ..card(index)
-            },
-        )
+            })
     }
 
     proptest! {

@@ -237,7 +237,11 @@ fn plan_disk(disk: &Disk, observed: &Observed, targets: &Targets, plan: &mut Pla
     if let Some(esp) = find("ESP")
         && !observed.mounted.contains(&targets.esp)
     {
-        plan.steps.push(Step::Mount { device: esp.device.clone(), target: targets.esp.clone(), how: Mounting::Esp });
+        plan.steps.push(Step::Mount {
+            device: esp.device.clone(),
+            target: targets.esp.clone(),
+            how: Mounting::Esp,
+        });
     }
     for (label, target) in [("STATE", &targets.state), ("DATA", &targets.data)] {
         let Some(partition) = find(label) else { continue };
@@ -376,15 +380,19 @@ mod tests {
 
     #[test]
     fn the_first_boot_grows_formats_and_mounts() {
-        let observed = Observed { disks: vec![disk("vda", [Content::Blank, Content::Blank])], ..Default::default() };
-        assert_eq!(steps(&observed), [
-            "mount /dev/vda1 at /esp read-only",
-            "format /dev/vda2 as STATE (ext4)",
-            "mount /dev/vda2 at /state",
-            "grow partition 3 to the end of /dev/vda",
-            "format /dev/vda3 as DATA (ext4)",
-            "mount /dev/vda3 at /data",
-        ]);
+        let observed =
+            Observed { disks: vec![disk("vda", [Content::Blank, Content::Blank])], ..Default::default() };
+        assert_eq!(
+            steps(&observed),
+            [
+                "mount /dev/vda1 at /esp read-only",
+                "format /dev/vda2 as STATE (ext4)",
+                "mount /dev/vda2 at /state",
+                "grow partition 3 to the end of /dev/vda",
+                "format /dev/vda3 as DATA (ext4)",
+                "mount /dev/vda3 at /data",
+            ]
+        );
     }
 
     #[test]
@@ -418,7 +426,8 @@ mod tests {
     #[test]
     fn the_disk_that_booted_is_taken() {
         let blank = || [Content::Blank, Content::Blank];
-        let mut observed = Observed { disks: vec![disk("sda", blank()), disk("sdb", blank())], ..Default::default() };
+        let mut observed =
+            Observed { disks: vec![disk("sda", blank()), disk("sdb", blank())], ..Default::default() };
         assert!(plan(&observed, &targets()).unwrap_err().contains("/dev/sda, /dev/sdb"));
         observed.boot_partition = Some("sdb-1".into());
         assert_eq!(steps(&observed)[0], "mount /dev/sdb1 at /esp read-only");

@@ -1,0 +1,188 @@
+//! hostd against real servers: dnsmasq for DHCP, an SNTP server, an HTTP server, in namespaces of their own.
+
+mod lab;
+
+use lab::{Lab, notify_socket, wait_for};
+use std::io::{Read, Write};
+
+const JOIN: &str = "join: {server: 'https://10.9.0.1:6443', token: abcdef.0123456789abcdef, caPins: \
+                    ['sha256:0000000000000000000000000000000000000000000000000000000000000000']}\n";
+
+fn machine(rest: &str) -> String {
+    format!("apiVersion: atoll.dev/v1\nkind: Machine\n{rest}")
+}
+
+/// Not a test by itself: the servers that the tests start at the other end of the cable.
+#[test]
+fn role() {
+    match std::env::var("ATOLL_TEST_ROLE").as_deref() {
+        Ok("time") => time_server(),
+        Ok("web") => web_server(),
+        _ => {}
+    }
+}
+
+/// A clock that is one hour ahead.
+fn time_server() {
+    let socket = std::net::UdpSocket::bind("10.9.0.1:123").unwrap();
+    let mut packet = [0; 256];
+    while let Ok((length, from)) = socket.recv_from(&mut packet) {
+        assert!(length >= 48 && packet[0] & 7 == 3);
+        let unix =
+            std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as i128;
+        let time = atoll_hostd::sntp::to_ntp(unix + 3_600_000_000_000).to_be_bytes();
+        let mut answer = [0; 48];
+        (answer[0], answer[1]) = ((4 << 3) | 4, 2);
+        answer[24..32].copy_from_slice(&packet[40..48]);
+        answer[32..40].copy_from_slice(&time);
+        answer[40..48].copy_from_slice(&time);
+        socket.send_to(&answer, from).unwrap();
+    }
+}
+
+fn web_server() {
+    let listener = std::net::TcpListener::bind("10.9.0.1:80").unwrap();
+    let body = machine("hostname: from-url\n");
+    for stream in listener.incoming() {
+        let mut stream = stream.unwrap();
+        let _ = stream.read(&mut [0; 1024]);
+        let _ = write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+    }
+}
+
+#[test]
+fn a_host_with_dhcp_and_time_gets_ready_and_renews() {
+    let mut lab = Lab::new();
+    lab.dnsmasq(&[
+        "--dhcp-range=10.9.0.50,10.9.0.60,255.255.255.0,2m",
+        "--dhcp-option=option:ntp-server,10.9.0.1",
+        "--dhcp-option=option:dns-server,10.9.0.53,10.9.0.54",
+        "--dhcp-option=option:domain-name,lab.example",
+        "--dhcp-option=option:mtu,1400",
+        "--dhcp-option=option:T1,4",
+        "--dhcp-option=121,192.168.77.0/24,10.9.0.9,0.0.0.0/0,10.9.0.1",
+    ]);
+    lab.role("time");
+    std::fs::write(lab.path("esp/machine.yaml"), machine(JOIN)).unwrap();
+    let notify = notify_socket(&lab.path("notify"));
+    let mut hostd = lab.hostd(&[]);
+    let mut buffer = [0; 4096];
+    loop {
+        let length = notify.recv(&mut buffer).expect("READY=1 within 20 s");
+        if buffer[..length].starts_with(b"READY=1\nSTATUS=1 addresses, clock synchronised") {
+            break;
+        }
+    }
+    let config = lab.agent_config();
+    let address = config.addresses[0].to_string();
+    assert!(address.starts_with("10.9.0.5") || address == "10.9.0.60", "{address}");
+    assert_eq!(config.node_name, "atoll-01234567");
+    assert_eq!(config.join.as_ref().unwrap().server, "https://10.9.0.1:6443");
+    assert!(config.clock_synchronised);
+    assert_eq!(lab.host(&["uname", "-n"]).trim(), "atoll-01234567");
+    assert_eq!(
+        lab.read("run/net/resolv.conf"),
+        "search lab.example\nnameserver 10.9.0.53\nnameserver 10.9.0.54\noptions timeout:2 attempts:2\n"
+    );
+    let shown = lab.host(&["ip", "addr", "show", "dev", "eth0"]);
+    assert!(shown.contains("mtu 1400") && shown.contains(&format!("inet {address}/24")), "{shown}");
+    assert!(shown.contains("valid_lft 1"), "the kernel knows when the lease ends: {shown}");
+    let routes = lab.host(&["ip", "route"]);
+    assert!(routes.contains("default via 10.9.0.1 dev eth0 proto dhcp"), "{routes}");
+    assert!(routes.contains("192.168.77.0/24 via 10.9.0.9 dev eth0 proto dhcp"), "{routes}");
+    assert!(
+        lab.read("hostd.log").contains("seconds=3600.0") || lab.read("hostd.log").contains("seconds=3599.9")
+    );
+    lab.expect("atoll:   address   ", 10);
+    wait_for("a renewal", 20, || (lab.read("dnsmasq.log").matches("DHCPACK").count() >= 2).then_some(()));
+    let status = r#"{"join":"joined","node_ready":true,"pods_running":0,"last_error":null}"#;
+    std::fs::write(lab.path("run/agent/status.json"), status).unwrap();
+    lab.expect("atoll: node atoll-01234567 joined and Ready\n", 10);
+    assert!(hostd.terminate().success());
+    let kept = lab.host(&["ip", "addr", "show", "dev", "eth0"]);
+    assert!(kept.contains(&address), "pods that are being stopped still need the address: {kept}");
+}
+
+#[test]
+fn a_static_host_needs_no_dhcp_and_a_changed_config_replaces_what_was() {
+    let mut lab = Lab::new();
+    lab.role("time");
+    let network =
+        "{match: {name: eth0}, addresses: [10.9.0.20/24], mtu: 1450, routes: [{to: default, via: 10.9.0.1}]}";
+    let text = machine(&format!(
+        "hostname: fixed\nnetwork: {{links: [{network}]}}\ntime: {{servers: [10.9.0.1]}}\n"
+    ));
+    std::fs::write(lab.path("esp/machine.yaml"), &text).unwrap();
+    let mut hostd = lab.hostd(&[]);
+    wait_for("the agent's config", 20, || lab.path("run/agent/config.json").exists().then_some(()));
+    assert_eq!(lab.agent_config().addresses, ["10.9.0.20".parse::<std::net::IpAddr>().unwrap()]);
+    assert!(lab.host(&["ip", "route"]).contains("default via 10.9.0.1 dev eth0 proto static"));
+    assert!(hostd.terminate().success());
+    std::fs::write(lab.path("esp/machine.yaml"), text.replace("10.9.0.20", "10.9.0.21")).unwrap();
+    let _hostd = lab.hostd(&[]);
+    wait_for("the other address", 20, || {
+        let shown = lab.host(&["ip", "addr", "show", "dev", "eth0"]);
+        (shown.contains("10.9.0.21/24") && !shown.contains("10.9.0.20")).then_some(())
+    });
+    wait_for("the route, made anew", 10, || {
+        lab.host(&["ip", "route"]).contains("default via 10.9.0.1").then_some(())
+    });
+}
+
+#[test]
+fn without_servers_it_goes_on_after_the_deadline_and_says_why() {
+    let lab = Lab::new();
+    std::fs::write(lab.path("state/machine.yaml"), "").unwrap();
+    std::fs::create_dir(lab.path("state/machine")).unwrap();
+    std::fs::write(lab.path("state/machine/machine.yaml"), machine("hostname: good\n")).unwrap();
+    std::fs::write(lab.path("esp/machine.yaml"), machine("hostname: good\nnetwrk: {}\nkindd: a\n")).unwrap();
+    let notify = notify_socket(&lab.path("notify"));
+    let _hostd = lab.hostd(&["--network-deadline", "2"]);
+    let mut buffer = [0; 4096];
+    while !buffer.starts_with(b"READY=1") {
+        notify.recv(&mut buffer).expect("READY=1 within 20 s");
+    }
+    for line in [
+        "atoll: no address after 2 s: going on without, still trying",
+        "the machine config (machine.yaml on the ESP) has 2 problems and is not used:",
+        "netwrk: unknown field: did you mean 'network'?",
+        "the last good config is used instead",
+        "check the DHCP server",
+    ] {
+        lab.expect(line, 10);
+    }
+    assert_eq!(lab.agent_config().node_name, "good");
+    // The server comes late: the address is taken then.
+    let mut lab = lab;
+    lab.dnsmasq(&["--dhcp-range=10.9.0.50,10.9.0.60,255.255.255.0,2m"]);
+    wait_for("a late address", 30, || (!lab.agent_config().addresses.is_empty()).then_some(()));
+}
+
+#[test]
+fn a_config_from_a_url_wins_and_is_kept() {
+    let mut lab = Lab::new();
+    lab.dnsmasq(&["--dhcp-range=10.9.0.50,10.9.0.60,255.255.255.0,2m"]);
+    lab.role("web");
+    std::fs::write(lab.path("cmdline"), "console=ttyS0 atoll.config=http://10.9.0.1/machine.yaml\n").unwrap();
+    std::fs::write(lab.path("esp/machine.yaml"), machine("hostname: from-esp\n")).unwrap();
+    let _hostd = lab.hostd(&[]);
+    wait_for("the agent's config", 25, || lab.path("run/agent/config.json").exists().then_some(()));
+    assert_eq!(lab.agent_config().node_name, "from-url");
+    assert!(lab.read("state/machine/machine.yaml").contains("from-url"));
+    lab.expect("atoll:   config    URL on the kernel command line", 10);
+}
+
+#[test]
+fn a_url_that_does_not_answer_falls_back_to_the_last_good_config() {
+    let mut lab = Lab::new();
+    lab.dnsmasq(&["--dhcp-range=10.9.0.50,10.9.0.60,255.255.255.0,2m"]);
+    std::fs::create_dir(lab.path("state/machine")).unwrap();
+    std::fs::write(lab.path("state/machine/machine.yaml"), machine("hostname: kept\n")).unwrap();
+    std::fs::write(lab.path("cmdline"), "atoll.config=http://10.9.0.1/machine.yaml\n").unwrap();
+    std::fs::write(lab.path("esp/machine.yaml"), machine("hostname: from-esp\n")).unwrap();
+    let _hostd = lab.hostd(&["--network-deadline", "4"]);
+    lab.expect("cannot fetch http://10.9.0.1/machine.yaml: cannot connect", 20);
+    lab.expect("the last good config is used instead", 10);
+    wait_for("the agent's config", 10, || lab.path("run/agent/config.json").exists().then_some(()));
+    assert_eq!(lab.agent_config().node_name, "kept");
+}
