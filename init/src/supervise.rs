@@ -1,0 +1,411 @@
+//! When services start, stop and start again. Pure: events and the time go in, actions come out, and whoever
+//! carries the actions out ([`crate::event_loop`]) tells what came of them as further events.
+//!
+//! ```text
+//!                     needs ready                    READY=1
+//!        Idle ─────────────────────► Starting ───────────────────► Ready
+//!        ▲  ▲  back-off over             │ ended, or TERM at deadline │
+//!        │  └────────── BackOff ◄────────┴────────────────────────────┤ ended by itself
+//!        │                 ▲ failed to be ready                       │
+//!        └── ended ── Stopping ◄──────────────────────────────────────┘ asked to stop: TERM, KILL at deadline
+//! ```
+//!
+//! | desired \ actual | Idle | Starting, Ready | Stopping | BackOff |
+//! |---|---|---|---|---|
+//! | Up | start once all it needs is ready | leave | start again when ended | start when over |
+//! | Down | stopped | TERM | wait, KILL | to Idle |
+//!
+//! A service whose need goes away is left running: needs are for starting, and the parts of Atoll live through each
+//! other's restarts. A shutdown stops in the opposite order: a service is asked only once nothing needs it any more.
+
+use crate::clock::millis;
+use atoll_spec::control::{ServiceState, ServiceStatus};
+use std::time::Duration;
+
+/// First back-off; each further one is twice as long.
+pub const BACK_OFF_FIRST: Duration = Duration::from_secs(1);
+/// Longest back-off.
+pub const BACK_OFF_MOST: Duration = Duration::from_secs(60);
+/// A service that was ready this long begins with the first back-off again.
+pub const STABLE: Duration = Duration::from_secs(60);
+
+/// Place of a service in the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ServiceId(pub usize);
+
+/// What the rules need to know of a service.
+#[derive(Debug, Clone)]
+pub struct Rules {
+    /// Its name.
+    pub name: String,
+    /// Services that must be ready before it starts; all of a lower place.
+    pub after: Vec<ServiceId>,
+    /// Whether it says when it is ready.
+    pub notifies: bool,
+    /// How long it may take to be ready.
+    pub start_deadline: Duration,
+    /// How long it may take to stop.
+    pub stop_deadline: Duration,
+}
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// Time passed.
+    Tick,
+    /// The answer to [`Action::Spawn`]: it runs.
+    Spawned(ServiceId, u32),
+    /// The answer to [`Action::Spawn`]: it could not be started.
+    SpawnFailed(ServiceId, String),
+    /// Its process ended; how, in words.
+    Ended(ServiceId, String),
+    /// It says it is ready.
+    BecameReady(ServiceId),
+    /// It says something of itself.
+    Said(ServiceId, String),
+    /// It is wanted.
+    Start(ServiceId),
+    /// It is not wanted.
+    Stop(ServiceId),
+    /// It is wanted anew.
+    Restart(ServiceId),
+    /// Nothing is wanted any more.
+    Shutdown,
+    /// Like `Shutdown`, and nobody is waited for.
+    ShutdownNow,
+}
+
+/// What to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// Start its process and answer with `Spawned` or `SpawnFailed`.
+    Spawn(ServiceId),
+    /// Ask its process to stop.
+    Terminate(ServiceId),
+    /// End all processes of its cgroup.
+    Kill(ServiceId),
+    /// Tell everyone that its status changed.
+    Announce(ServiceId),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Desired {
+    Up,
+    Down,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Actual {
+    Idle,
+    Spawning,
+    Starting { pid: u32, until: Duration },
+    Ready { pid: u32 },
+    Stopping { pid: u32, kill_at: Option<Duration>, failed: bool },
+    BackOff { until: Duration },
+}
+
+#[derive(Debug)]
+struct Unit {
+    rules: Rules,
+    desired: Desired,
+    actual: Actual,
+    shown: ServiceState,
+    since: Duration,
+    next_delay: Duration,
+    restarts: u32,
+    said: String,
+    last_failure: String,
+}
+
+/// All services.
+#[derive(Debug)]
+pub struct Supervisor {
+    units: Vec<Unit>,
+    shutting_down: bool,
+}
+
+impl Supervisor {
+    /// All services wanted, none running.
+    pub fn new(rules: Vec<Rules>) -> Self {
+        let unit = |rules| Unit {
+            rules,
+            desired: Desired::Up,
+            actual: Actual::Idle,
+            shown: ServiceState::Waiting,
+            since: Duration::ZERO,
+            next_delay: BACK_OFF_FIRST,
+            restarts: 0,
+            said: String::new(),
+            last_failure: String::new(),
+        };
+        Self { units: rules.into_iter().map(unit).collect(), shutting_down: false }
+    }
+
+    /// Takes an event in and says what to do.
+    pub fn step(&mut self, now: Duration, event: Event) -> Vec<Action> {
+        let mut actions = Vec::new();
+        self.take(now, event, &mut actions);
+        for place in 0..self.units.len() {
+            self.advance(now, ServiceId(place), &mut actions);
+        }
+        for (place, unit) in self.units.iter_mut().enumerate() {
+            let state = unit.state();
+            if state != unit.shown {
+                unit.shown = state;
+                unit.since = now;
+                actions.push(Action::Announce(ServiceId(place)));
+            }
+        }
+        actions
+    }
+
+    fn take(&mut self, now: Duration, event: Event, actions: &mut Vec<Action>) {
+        match event {
+            Event::Tick => {}
+            Event::Spawned(id, pid) => self.unit(id).spawned(now, pid),
+            Event::SpawnFailed(id, why) => {
+                let unit = self.unit(id);
+                if unit.actual == Actual::Spawning {
+                    unit.failed(now, why);
+                }
+            }
+            Event::Ended(id, how) => {
+                // What it left running must be gone before it starts again.
+                actions.push(Action::Kill(id));
+                self.unit(id).ended(now, how);
+            }
+            Event::BecameReady(id) => {
+                let unit = self.unit(id);
+                if let Actual::Starting { pid, .. } = unit.actual {
+                    unit.actual = Actual::Ready { pid };
+                }
+            }
+            Event::Said(id, text) => self.unit(id).said = text,
+            Event::Start(id) => {
+                if !self.shutting_down {
+                    let unit = self.unit(id);
+                    unit.desired = Desired::Up;
+                    unit.forgive();
+                }
+            }
+            Event::Stop(id) => self.unit(id).desired = Desired::Down,
+            Event::Restart(id) => {
+                if !self.shutting_down {
+                    let unit = self.unit(id);
+                    unit.desired = Desired::Up;
+                    unit.forgive();
+                    actions.extend(unit.stop(now, false).then_some(Action::Terminate(id)));
+                }
+            }
+            Event::Shutdown => self.want_nothing(),
+            Event::ShutdownNow => {
+                self.want_nothing();
+                for (place, unit) in self.units.iter_mut().enumerate() {
+                    if unit.pid() != 0 {
+                        unit.stop(now, false);
+                        unit.killed();
+                        actions.push(Action::Kill(ServiceId(place)));
+                    }
+                }
+            }
+        }
+    }
+
+    fn want_nothing(&mut self) {
+        self.shutting_down = true;
+        for unit in &mut self.units {
+            unit.desired = Desired::Down;
+        }
+    }
+
+    fn advance(&mut self, now: Duration, id: ServiceId, actions: &mut Vec<Action>) {
+        let startable = self.needs_are_ready(id);
+        let stoppable = !self.shutting_down || !self.is_needed(id);
+        let unit = self.unit(id);
+        match (unit.desired, unit.actual) {
+            (Desired::Down, Actual::BackOff { .. }) => unit.actual = Actual::Idle,
+            (Desired::Down, Actual::Starting { .. } | Actual::Ready { .. }) if stoppable => {
+                unit.stop(now, false);
+                actions.push(Action::Terminate(id));
+            }
+            (Desired::Up, Actual::Starting { until, .. }) if now >= until => {
+                let seconds = unit.rules.start_deadline.as_secs();
+                unit.last_failure = format!("was not ready within {seconds} s");
+                unit.stop(now, true);
+                actions.push(Action::Terminate(id));
+            }
+            (_, Actual::Stopping { kill_at: Some(at), .. }) if now >= at => {
+                unit.killed();
+                actions.push(Action::Kill(id));
+            }
+            (Desired::Up, Actual::BackOff { until }) if now >= until => {
+                unit.restarts = unit.restarts.saturating_add(1);
+                unit.actual = Actual::Idle;
+                self.advance(now, id, actions);
+            }
+            (Desired::Up, Actual::Idle) if startable => {
+                unit.actual = Actual::Spawning;
+                actions.push(Action::Spawn(id));
+            }
+            (_, _) => {}
+        }
+    }
+
+    fn needs_are_ready(&self, id: ServiceId) -> bool {
+        self.units[id.0]
+            .rules
+            .after
+            .iter()
+            .all(|need| matches!(self.units[need.0].actual, Actual::Ready { .. }))
+    }
+
+    fn is_needed(&self, id: ServiceId) -> bool {
+        self.units.iter().any(|other| other.rules.after.contains(&id) && other.pid() != 0)
+    }
+
+    fn unit(&mut self, id: ServiceId) -> &mut Unit {
+        &mut self.units[id.0]
+    }
+
+    /// When [`Event::Tick`] is due next.
+    pub fn next_deadline(&self) -> Option<Duration> {
+        self.units
+            .iter()
+            .filter_map(|unit| match (unit.desired, unit.actual) {
+                (Desired::Up, Actual::Starting { until, .. } | Actual::BackOff { until }) => Some(until),
+                (_, Actual::Stopping { kill_at, .. }) => kill_at,
+                _ => None,
+            })
+            .min()
+    }
+
+    /// The service of this name.
+    pub fn find(&self, name: &str) -> Option<ServiceId> {
+        self.units.iter().position(|unit| unit.rules.name == name).map(ServiceId)
+    }
+
+    /// The service whose process this is.
+    pub fn by_pid(&self, pid: u32) -> Option<ServiceId> {
+        self.units.iter().position(|unit| pid != 0 && unit.pid() == pid).map(ServiceId)
+    }
+
+    /// The process of a service; 0 when it has none.
+    pub fn pid(&self, id: ServiceId) -> u32 {
+        self.units[id.0].pid()
+    }
+
+    /// How a service is.
+    pub fn status(&self, id: ServiceId) -> ServiceStatus {
+        let unit = &self.units[id.0];
+        ServiceStatus {
+            name: unit.rules.name.clone(),
+            state: unit.shown,
+            pid: unit.pid(),
+            since_ms: millis(unit.since),
+            restarts: unit.restarts,
+            status: unit.said.clone(),
+            last_failure: unit.last_failure.clone(),
+        }
+    }
+
+    /// All of them, in start order.
+    pub fn statuses(&self) -> Vec<ServiceStatus> {
+        (0..self.units.len()).map(|place| self.status(ServiceId(place))).collect()
+    }
+
+    /// Whether every wanted service is ready.
+    pub fn all_ready(&self) -> bool {
+        self.units
+            .iter()
+            .all(|unit| unit.desired == Desired::Down || matches!(unit.actual, Actual::Ready { .. }))
+    }
+
+    /// Whether no service has a process.
+    pub fn all_ended(&self) -> bool {
+        self.units.iter().all(|unit| unit.pid() == 0 && unit.actual != Actual::Spawning)
+    }
+}
+
+impl Unit {
+    fn pid(&self) -> u32 {
+        match self.actual {
+            Actual::Starting { pid, .. } | Actual::Ready { pid } | Actual::Stopping { pid, .. } => pid,
+            Actual::Idle | Actual::Spawning | Actual::BackOff { .. } => 0,
+        }
+    }
+
+    fn state(&self) -> ServiceState {
+        match (self.actual, self.desired) {
+            (Actual::Idle, Desired::Down) => ServiceState::Stopped,
+            (Actual::Idle, Desired::Up) => ServiceState::Waiting,
+            (Actual::Spawning | Actual::Starting { .. }, _) => ServiceState::Starting,
+            (Actual::Ready { .. }, _) => ServiceState::Ready,
+            (Actual::Stopping { .. }, _) => ServiceState::Stopping,
+            (Actual::BackOff { .. }, _) => ServiceState::BackingOff,
+        }
+    }
+
+    fn spawned(&mut self, now: Duration, pid: u32) {
+        if self.actual == Actual::Spawning {
+            self.said.clear();
+            self.actual = if self.rules.notifies {
+                Actual::Starting { pid, until: now + self.rules.start_deadline }
+            } else {
+                Actual::Ready { pid }
+            };
+            self.since = now;
+        }
+    }
+
+    fn ended(&mut self, now: Duration, how: String) {
+        match self.actual {
+            Actual::Stopping { failed: false, .. } => self.actual = Actual::Idle,
+            Actual::Stopping { failed: true, .. } => {
+                let why = self.last_failure.clone();
+                self.failed(now, why);
+            }
+            Actual::Starting { .. } => self.failed(now, how + " before it was ready"),
+            Actual::Ready { .. } => {
+                if now.saturating_sub(self.since) >= STABLE {
+                    self.next_delay = BACK_OFF_FIRST;
+                }
+                self.failed(now, how);
+            }
+            Actual::Idle | Actual::Spawning | Actual::BackOff { .. } => {}
+        }
+    }
+
+    fn failed(&mut self, now: Duration, why: String) {
+        self.last_failure = why;
+        self.actual = Actual::BackOff { until: now + self.next_delay };
+        self.next_delay = (self.next_delay * 2).min(BACK_OFF_MOST);
+    }
+
+    /// A person asked: no waiting for what went wrong before.
+    fn forgive(&mut self) {
+        self.next_delay = BACK_OFF_FIRST;
+        if matches!(self.actual, Actual::BackOff { .. }) {
+            self.actual = Actual::Idle;
+        }
+    }
+
+    /// Begins to stop; `false` when there is nothing to ask.
+    fn stop(&mut self, now: Duration, failed: bool) -> bool {
+        match self.actual {
+            Actual::Starting { pid, .. } | Actual::Ready { pid } => {
+                self.actual = Actual::Stopping { pid, kill_at: Some(now + self.rules.stop_deadline), failed };
+                true
+            }
+            _ => false,
+        }
+    }
+
+    fn killed(&mut self) {
+        if let Actual::Stopping { kill_at, .. } = &mut self.actual {
+            *kill_at = None;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

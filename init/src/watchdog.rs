@@ -1,0 +1,152 @@
+//! The guard: a thread that the main thread owes a sign of life. Before anything that could take long the main
+//! thread promises when it will be done; when that time has passed the guard says what hangs and reboots the machine by
+//! reboot(2). While all is well it feeds the hardware watchdog, which bites when this whole process, or the
+//! kernel, stands still, or when that reboot itself hangs.
+
+use crate::clock;
+use crate::console::Console;
+use crate::error::{Error, Result};
+use crate::sys::{self, PowerAction, Syscalls, WatchdogFacts};
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+const DEVICE: &str = "/dev/watchdog0";
+/// Seconds without food until the hardware resets the machine.
+pub const BITES_AFTER_S: u32 = 60;
+const ROUND: Duration = Duration::from_millis(500);
+const FEED_EVERY: Duration = Duration::from_secs(5);
+
+#[derive(Debug, Clone)]
+struct Promise {
+    what: String,
+    until: Duration,
+    /// Time for a person to read the console before the reboot.
+    countdown: Duration,
+}
+
+#[derive(Debug, Default)]
+struct Owed {
+    promise: Option<Promise>,
+    device: Option<File>,
+}
+
+/// A handle on the guard.
+#[derive(Debug, Clone, Default)]
+pub struct Guard {
+    owed: Arc<Mutex<Owed>>,
+}
+
+impl Guard {
+    /// Starts the guard's thread.
+    ///
+    /// # Errors
+    /// When no thread can be made.
+    pub fn start(console: &Console, kernel: impl Syscalls + Send + 'static) -> Result<Self> {
+        let guard = Self::default();
+        let (owed, console) = (guard.owed.clone(), console.clone());
+        std::thread::Builder::new()
+            .name("guard".into())
+            .spawn(move || watch(&owed, &console, &kernel))
+            .map_err(Error::system("start the guard's thread"))?;
+        Ok(guard)
+    }
+
+    /// Promises to be done with this within that time. Replaces the promise before.
+    pub fn promise(&self, what: &str, within: Duration, countdown: Duration) {
+        let until = clock::uptime() + within;
+        lock(&self.owed).promise = Some(Promise { what: what.to_owned(), until, countdown });
+    }
+
+    /// Nothing is owed: used only while a person is to read the console.
+    pub fn release(&self) {
+        lock(&self.owed).promise = None;
+    }
+
+    /// Opens the hardware watchdog and feeds it from now on.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn take_watchdog(&self) -> Result<WatchdogFacts> {
+        let device =
+            File::options().write(true).open(DEVICE).map_err(Error::file("open the watchdog", DEVICE))?;
+        let facts = sys::configure_watchdog(device.as_fd(), BITES_AFTER_S)
+            .map_err(Error::file("set up the watchdog", DEVICE))?;
+        lock(&self.owed).device = Some(device);
+        Ok(facts)
+    }
+}
+
+fn lock(owed: &Mutex<Owed>) -> MutexGuard<'_, Owed> {
+    // A thread that panicked while it held the lock left whole values behind.
+    owed.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn watch(owed: &Mutex<Owed>, console: &Console, kernel: &dyn Syscalls) {
+    let mut last_fed = Duration::ZERO;
+    let mut overdue_since = None;
+    loop {
+        std::thread::sleep(ROUND);
+        let now = clock::uptime();
+        let broken = lock(owed).promise.clone().filter(|promise| now >= promise.until);
+        match (broken, overdue_since) {
+            (None, Some(_)) => {
+                console.say("it has ended after all: the reboot is called off");
+                overdue_since = None;
+            }
+            (None, None) => {}
+            (Some(promise), None) => {
+                let seconds = promise.countdown.as_secs();
+                console.say(format!(
+                    "{} has not ended by its deadline: forced reboot in {seconds} s",
+                    promise.what
+                ));
+                overdue_since = Some(now);
+            }
+            (Some(promise), Some(since)) if now >= since + promise.countdown => {
+                console.say("forced reboot");
+                console.flush(Duration::from_secs(2));
+                // If the kernel cannot even do that, nobody feeds the watchdog any more.
+                let _ = kernel.power(PowerAction::Restart);
+                return;
+            }
+            (Some(_), Some(_)) => {}
+        }
+        if now >= last_fed + FEED_EVERY {
+            last_fed = now;
+            if let Some(device) = &mut lock(owed).device {
+                // Unfed, it resets the machine, which is then right.
+                let _ = device.write_all(b".");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::fake::Fake;
+
+    fn rebooted(kernel: &Fake, within: Duration) -> bool {
+        let end = clock::uptime() + within;
+        while clock::uptime() < end {
+            if kernel.calls().iter().any(|call| call == "power Restart") {
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        false
+    }
+
+    #[test]
+    fn a_broken_promise_reboots_and_a_kept_one_does_not() {
+        let kernel = Fake::default();
+        let guard = Guard::start(&Console::start(), kernel.clone()).unwrap();
+        guard.promise("kept", Duration::from_secs(100), Duration::ZERO);
+        assert!(!rebooted(&kernel, ROUND * 3));
+        guard.promise("broken", Duration::from_millis(1), Duration::from_millis(1));
+        assert!(rebooted(&kernel, Duration::from_secs(20)));
+    }
+}
