@@ -28,10 +28,17 @@ pub struct Component {
     pub sha256: Option<String>,
 }
 
-/// Debian packages, with the licences that their copyright files name; `root` holds them unpacked and merged.
-pub fn debian(packages: &[&Package], roots: &[&Path]) -> Vec<Component> {
+/// Debian packages, with the licences that their copyright files name; `roots` hold them unpacked, `kernel` is the
+/// name of the host kernel's package.
+pub fn debian(packages: &[&Package], kernel: &str, roots: &[&Path]) -> Vec<Component> {
     let describe = |p: &&Package| {
-        let copyright = format!("usr/share/doc/{}/copyright", p.name);
+        // Packages of one source share its copyright; these two come without their own here.
+        let documented = match p.name.as_str() {
+            "libgcc-s1" => "gcc-14-base",
+            name if name.starts_with("linux-source-") => kernel,
+            name => name,
+        };
+        let copyright = format!("usr/share/doc/{documented}/copyright");
         let text = roots.iter().find_map(|root| fs::read_to_string(root.join(&copyright)).ok());
         Component {
             origin: "debian",
@@ -84,11 +91,15 @@ pub fn modules(dir: &Path, release: &str) -> Result<Vec<Component>> {
     Ok(found)
 }
 
-/// `license=` of a module's `.modinfo`.
+/// `license=` of a module's `.modinfo`, whose strings end in NUL.
 fn module_licence(module: &[u8]) -> Option<String> {
-    const MARK: &[u8] = b"\0license=";
-    let start = module.windows(MARK.len()).position(|w| w == MARK)? + MARK.len();
-    let end = module[start..].iter().position(|b| *b == 0)?;
+    const MARK: &[u8] = b"license=";
+    let starts = |at: &usize| {
+        let whole_word = *at == 0 || !module[at - 1].is_ascii_graphic();
+        whole_word && module[*at..].starts_with(MARK)
+    };
+    let start = (0..module.len()).find(starts)? + MARK.len();
+    let end = module[start..].iter().position(|byte| *byte == 0)?;
     String::from_utf8(module[start..start + end].to_vec()).ok()
 }
 
