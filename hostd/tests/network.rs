@@ -1,4 +1,5 @@
 //! hostd against real servers: dnsmasq for DHCP, an SNTP server, an HTTP server, in namespaces of their own.
+#![expect(clippy::unwrap_used, reason = "in a test, what cannot go wrong ends it when it does")]
 
 mod lab;
 
