@@ -109,6 +109,9 @@ pub struct VmStats {
     pub block_read_bytes: u64,
     /// See `block_read_bytes`.
     pub block_written_bytes: u64,
+    /// Bytes of guest memory that the guest reported as free and the host took back.
+    #[serde(default)]
+    pub memory_returned_bytes: u64,
     /// Microseconds of the VMM's monotonic clock from its start, by launch step.
     pub launch_us: Vec<(String, u64)>,
 }

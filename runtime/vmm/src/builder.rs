@@ -1,6 +1,7 @@
 //! From a [`VmSpec`] and its descriptors to a machine that is ready to run. `lib.rs` calls it once, inside the jail.
 //!
-//! The order is fixed: memory, interrupt controller, kernel, processors, devices. Nothing runs before
+//! The order is fixed: interrupt controllers, memory, devices (the kernel's command line names them), kernel,
+//! processors (the first starts at the kernel's entry). Nothing runs before
 //! [`Machine::start`](crate::machine::Machine::start).
 
 use crate::bus::Bus;
@@ -13,7 +14,8 @@ use crate::mptable;
 use crate::serial::{self, Console};
 use crate::stats::{Counters, Launch};
 use crate::vcpu::Vcpu;
-use crate::virtio::disk::FileDisk;
+use crate::virtio::balloon::Balloon;
+use crate::virtio::disk::{Disk, FileDisk};
 use crate::virtio::layers::Layers;
 use crate::virtio::mmio::{NOTIFY, Transport};
 use crate::virtio::rng::Rng;
@@ -103,24 +105,21 @@ pub fn build(spec: &VmSpec, mut fds: BootFds, mut launch: Launch) -> Result<Mach
     memory::register(&vm, &ram)?;
     launch.done("memory");
 
-    let console = fds.optional(BootFd::Console);
-    let devices =
-        slots(2 + usize::from(fds.0.contains_key(&BootFd::Scratch)) + 1 + usize::from(spec.mac.is_some()));
-    let cmdline = kernel::cmdline(&spec.cmdline, console.is_some(), &devices)?;
-    let entry =
-        kernel::load(&ram, &mut fds.take(BootFd::Kernel)?, &mut fds.take(BootFd::Initramfs)?, &cmdline)?;
-    mptable::write(&ram, spec.vcpus)?;
-    launch.done("kernel");
-
-    let vcpus = create_vcpus(&kvm, &vm, spec.vcpus, entry)?;
-    launch.done("processors");
-
-    let mut board = Board::new(vm, ram, devices);
+    let mut board = Board::new(vm, ram);
     let layers = board.populate(spec, &mut fds)?;
-    let console = console.map(|output| board.console(output)).transpose()?;
+    let console = fds.optional(BootFd::Console).map(|output| board.console(output)).transpose()?;
     launch.done("devices");
 
-    Ok(Machine::new(
+    let cmdline = kernel::cmdline(&spec.cmdline, console.is_some(), &board.slots)?;
+    let (mut image, mut initramfs) = (fds.take(BootFd::Kernel)?, fds.take(BootFd::Initramfs)?);
+    let entry = kernel::load(&board.ram, &mut image, &mut initramfs, &cmdline)?;
+    mptable::write(&board.ram, spec.vcpus)?;
+    launch.done("kernel");
+
+    let vcpus = create_vcpus(&kvm, &board.vm, spec.vcpus, entry)?;
+    launch.done("processors");
+
+    Machine::new(
         Arc::new(Bus::new(board.transports, console)),
         vcpus,
         board.disks,
@@ -128,7 +127,7 @@ pub fn build(spec: &VmSpec, mut fds: BootFds, mut launch: Launch) -> Result<Mach
         board.counters,
         launch,
         board.vm,
-    )?)
+    )
 }
 
 /// The VM with KVM's own interrupt controllers. There is no timer chip: the kernel takes its time from kvmclock and the
@@ -149,12 +148,6 @@ fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u8, entry: Entry) -> Result<Vec<Vcp
     (0..count).map(|id| Vcpu::new(vm, id, topology, supported.as_slice(), entry)).collect()
 }
 
-fn slots(count: usize) -> Vec<DeviceSlot> {
-    (0..count as u64)
-        .map(|index| DeviceSlot { address: MMIO_BASE + index * MMIO_STEP, irq: FIRST_IRQ + index as u32 })
-        .collect()
-}
-
 /// What a device is wired to, before it exists.
 struct Wires {
     interrupt: Arc<Interrupt>,
@@ -165,16 +158,22 @@ struct Wires {
 struct Board {
     vm: VmFd,
     ram: Arc<GuestRam>,
-    slots: std::vec::IntoIter<DeviceSlot>,
+    slots: Vec<DeviceSlot>,
     transports: Vec<Transport>,
     disks: Vec<DiskWorker>,
     counters: Arc<Counters>,
 }
 
 impl Board {
-    fn new(vm: VmFd, ram: Arc<GuestRam>, slots: Vec<DeviceSlot>) -> Self {
-        let slots = slots.into_iter();
-        Self { vm, ram, slots, transports: Vec::new(), disks: Vec::new(), counters: Arc::default() }
+    fn new(vm: VmFd, ram: Arc<GuestRam>) -> Self {
+        Self {
+            vm,
+            ram,
+            slots: Vec::new(),
+            transports: Vec::new(),
+            disks: Vec::new(),
+            counters: Arc::default(),
+        }
     }
 
     /// All virtio devices. The guest names disks in this order: the layer window is /dev/vda, the scratch /dev/vdb.
@@ -204,11 +203,14 @@ impl Board {
         let wires = self.wire(false, &[])?;
         let rng = Rng::new(self.ram.clone(), wires.interrupt.clone());
         self.plug(Box::new(rng), wires.interrupt);
+        let wires = self.wire(false, &[])?;
+        let balloon = Balloon::new(self.ram.clone(), wires.interrupt.clone(), self.counters.clone());
+        self.plug(Box::new(balloon), wires.interrupt);
         Ok(layers)
     }
 
     #[expect(clippy::type_complexity, reason = "the two halves of a disk, taken apart at once by the caller")]
-    fn block<D: crate::virtio::disk::Disk + 'static>(
+    fn block<D: Disk + 'static>(
         &mut self,
         disk: D,
     ) -> Result<((Box<dyn Device>, Arc<Interrupt>), Box<dyn FnOnce() + Send>)> {
@@ -219,11 +221,12 @@ impl Board {
         Ok(((Box::new(device), wires.interrupt), Box::new(move || worker.run())))
     }
 
-    /// Connects the next slot: its interrupt line to KVM, notifications of `queues` to events. The slot is used up by
-    /// the following [`plug`](Self::plug).
+    /// Connects the next slot: its interrupt line to KVM, notifications of `queues` to events. The device that
+    /// [`plug`](Self::plug) gets next lives there.
     fn wire(&mut self, raised_by_kernel: bool, queues: &[u32]) -> Result<Wires> {
-        let slot =
-            self.slots.next().ok_or_else(|| Error::Spec("there are more devices than slots".into()))?;
+        let index = self.slots.len() as u32;
+        let slot = DeviceSlot { address: MMIO_BASE + u64::from(index) * MMIO_STEP, irq: FIRST_IRQ + index };
+        self.slots.push(slot);
         let interrupt =
             Arc::new(Interrupt::new(raised_by_kernel).map_err(Error::system("make an interrupt event"))?);
         self.vm

@@ -37,6 +37,7 @@ use Rule::{Any, Equal, Without};
 
 const EXECUTABLE: u64 = libc::PROT_EXEC as u64;
 const KVM_RUN: u64 = 0xae80;
+const KVM_KVMCLOCK_CTRL: u64 = 0xaead;
 
 /// What every thread does: memory (never executable), locks, its own signals, the clock, the end.
 fn everywhere() -> Vec<Rule> {
@@ -84,6 +85,8 @@ fn rules(class: Class) -> Vec<Rule> {
         ]),
         Class::Vcpu => {
             rules.push(Equal(libc::SYS_ioctl, 1, KVM_RUN));
+            // After a pause.
+            rules.push(Equal(libc::SYS_ioctl, 1, KVM_KVMCLOCK_CTRL));
             // The entropy device.
             rules.push(Any(libc::SYS_getrandom));
             // Activation and reset of the vhost devices.

@@ -40,6 +40,8 @@ pub struct Counters {
     pub block_read_bytes: AtomicU64,
     /// Bytes that the guest wrote to the disks.
     pub block_written_bytes: AtomicU64,
+    /// Bytes of guest memory that went back to the host.
+    pub memory_returned_bytes: AtomicU64,
 }
 
 impl Counters {
@@ -60,6 +62,7 @@ impl Counters {
             exits,
             block_read_bytes: self.block_read_bytes.load(Ordering::Relaxed),
             block_written_bytes: self.block_written_bytes.load(Ordering::Relaxed),
+            memory_returned_bytes: self.memory_returned_bytes.load(Ordering::Relaxed),
             launch_us: launch.steps.clone(),
         }
     }

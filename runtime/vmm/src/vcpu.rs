@@ -47,11 +47,11 @@ struct GateState {
 }
 
 impl Gate {
-    /// Returns once the gate is open.
-    fn pass(&self) {
+    /// Returns once the gate is open, and whether it was closed before.
+    fn pass(&self) -> bool {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if state.open {
-            return;
+            return false;
         }
         state.parked += 1;
         self.changed.notify_all();
@@ -59,6 +59,7 @@ impl Gate {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.parked -= 1;
+        true
     }
 
     /// Lets the processors run.
@@ -119,7 +120,11 @@ impl Vcpu {
     /// filter does not let it close descriptors.
     pub fn run(&mut self, id: u8, bus: &Bus, gate: &Gate, counters: &Counters) -> End {
         loop {
-            gate.pass();
+            if gate.pass() {
+                // Tells the guest that it was stopped, lest its watchdogs bark. Refused before its clock is set up, when
+                // there is nothing to tell.
+                let _ = self.fd.kvmclock_ctrl();
+            }
             match self.step(id, bus, counters) {
                 None => {}
                 Some(end) => return end,

@@ -1,5 +1,7 @@
 //! The program from outside: what it answers, says and exits with before there is a machine. No KVM is needed.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use atoll_spec::vm::{BootFd, VmReply, VmRequest, VmSpec, exit};
 use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,

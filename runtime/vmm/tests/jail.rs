@@ -2,6 +2,8 @@
 //!
 //! Entering the jail needs root; without it those tests say so and pass. The filters need no privilege.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use atoll_vmm::jail::{self, Limits};
 use atoll_vmm::seccomp::{self, Class};
 use std::ffi::CStr;

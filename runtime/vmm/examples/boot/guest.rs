@@ -11,6 +11,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
+type Test = (&'static str, fn() -> Result<String>);
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 pub fn main() -> Result<()> {
@@ -24,7 +25,7 @@ pub fn main() -> Result<()> {
     let mut log = OpenOptions::new().write(true).open("/dev/kmsg")?;
     let mut say = |text: String| drop(log.write_all(format!("<1>boot guest: {text}\n").as_bytes()));
     say(format!("up {}", std::fs::read_to_string("/proc/uptime")?.trim()));
-    let tests: [(&str, fn() -> Result<String>); 7] = [
+    let tests: [Test; 8] = [
         ("cpus", cpus),
         ("layers", layers),
         ("scratch", scratch),
@@ -32,6 +33,7 @@ pub fn main() -> Result<()> {
         ("vsock", vsock_hello),
         ("network", network),
         ("clock", clock),
+        ("memory", memory),
     ];
     for (name, test) in tests {
         match test() {
@@ -138,7 +140,7 @@ fn scratch() -> Result<String> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok("none".into()),
         disk => disk?,
     };
-    let pattern: Vec<u8> = (0..1u32 << 20).map(|at| (at * 31 >> 3) as u8).collect();
+    let pattern: Vec<u8> = (0..1u32 << 20).map(|at| ((at * 31) >> 3) as u8).collect();
     let start = Instant::now();
     disk.write_all_at(&pattern, 4096)?;
     disk.sync_all()?;
@@ -213,6 +215,16 @@ fn set_address(interface: &str, address: Ipv4Addr) -> Result<()> {
     call(libc::SIOCSIFADDR as _, &mut request)?;
     request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as _;
     Ok(call(libc::SIOCSIFFLAGS as _, &mut request)?)
+}
+
+/// Uses memory and gives it back: the host should see it return (`boot.memory` on the command line waits for that).
+fn memory() -> Result<String> {
+    if !std::fs::read_to_string("/proc/cmdline")?.contains("boot.memory") {
+        return Ok("not asked for".into());
+    }
+    drop(std::hint::black_box(vec![1u8; 64 << 20]));
+    std::thread::sleep(Duration::from_secs(6));
+    Ok("64 MiB used and freed".into())
 }
 
 fn clock() -> Result<String> {

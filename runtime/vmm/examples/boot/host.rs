@@ -250,16 +250,29 @@ pub fn sum(path: &str, length: u64) -> Result<u64> {
     Ok(hash)
 }
 
-/// (resident, private) kibibytes of a process and what of it is guest memory cannot be told apart here: see smaps.
+/// What the kernel says of the process: who it is, and its private memory without the guest's (its largest mapping).
 fn memory(pid: u32) -> String {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let wanted =
-        ["VmRSS", "RssAnon", "RssFile", "Threads", "Uid", "CapEff", "CapBnd", "NoNewPrivs", "Seccomp:"];
-    status
-        .lines()
-        .filter(|line| wanted.iter().any(|name| line.starts_with(name)))
-        .collect::<Vec<_>>()
-        .join("; ")
+    let read = |name| std::fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default();
+    let wanted = ["VmRSS", "Threads", "Uid", "CapEff", "CapBnd", "NoNewPrivs", "Seccomp:"];
+    let status = read("status");
+    let mut lines: Vec<_> =
+        status.lines().filter(|line| wanted.iter().any(|name| line.starts_with(name))).collect();
+    let mut mappings: Vec<(u64, u64)> = Vec::new();
+    for line in read("smaps").lines() {
+        let mut words = line.split_whitespace();
+        let (name, value) =
+            (words.next().unwrap_or_default(), words.next().and_then(|word| word.parse().ok()));
+        match (name, value, mappings.last_mut()) {
+            ("Size:", Some(kib), _) => mappings.push((kib, 0)),
+            ("Private_Dirty:" | "Private_Clean:", Some(kib), Some(mapping)) => mapping.1 += kib,
+            _ => {}
+        }
+    }
+    let guest = mappings.iter().max().copied().unwrap_or_default();
+    let own = mappings.iter().map(|(_, private)| private).sum::<u64>() - guest.1;
+    let text = format!("guest memory {} KiB, own private memory {own} KiB", guest.1);
+    lines.push(&text);
+    lines.join("; ")
 }
 
 fn serve_guest(listener: &OwnedFd, calls: Option<&str>) {

@@ -32,22 +32,37 @@ impl<'a> Buffers<'a> {
     }
 
     /// Consumes the first `bytes`, or what is left.
-    pub fn take(&mut self, mut bytes: u64) -> Vec<VolatileSlice<'a>> {
-        let mut taken = Vec::new();
-        while bytes > 0 && self.first < self.slices.len() {
-            let slice = self.slices[self.first].clone();
-            let whole = slice.len() as u64;
-            if whole <= bytes {
-                bytes -= whole;
-                self.first += 1;
-                taken.push(slice);
-            } else if let Ok((head, tail)) = slice.split_at(bytes as usize) {
-                taken.push(head);
-                self.slices[self.first] = tail;
-                bytes = 0;
-            }
-        }
+    pub fn take(&mut self, bytes: u64) -> Vec<VolatileSlice<'a>> {
+        let taken = self.front(bytes);
+        self.skip(bytes);
         taken
+    }
+
+    /// The first `bytes`, or what is left.
+    fn front(&self, mut bytes: u64) -> Vec<VolatileSlice<'a>> {
+        let mut front = Vec::new();
+        for slice in &self.slices[self.first..] {
+            if bytes == 0 {
+                break;
+            }
+            let whole = slice.len() as u64;
+            // A cut inside the slice cannot fail.
+            front.extend(if whole <= bytes { Some(*slice) } else { slice.subslice(0, bytes as usize).ok() });
+            bytes = bytes.saturating_sub(whole);
+        }
+        front
+    }
+
+    /// Consumes the first `bytes`.
+    fn skip(&mut self, mut bytes: u64) {
+        while let Some(slice) = self.slices.get_mut(self.first).filter(|_| bytes > 0) {
+            let whole = slice.len() as u64;
+            match slice.offset(bytes.min(whole) as usize) {
+                Ok(rest) if bytes < whole => *slice = rest,
+                _ => self.first += 1,
+            }
+            bytes = bytes.saturating_sub(whole);
+        }
     }
 
     /// Consumes the first `bytes` and makes them zero.
@@ -68,13 +83,12 @@ impl<'a> Buffers<'a> {
     /// Consumes the first `bytes`, filling them from `file` at `offset`; past its end they are zeros.
     pub fn fill_from(&mut self, file: &File, mut offset: u64, mut bytes: u64) -> io::Result<()> {
         while bytes > 0 {
-            let mut part = self.clone_front(bytes);
-            let read = transfer(Direction::Read, file, offset, &part.take(bytes))?;
+            let read = transfer(Direction::Read, file, offset, &self.front(bytes))?;
             if read == 0 {
                 self.zero(bytes);
                 return Ok(());
             }
-            self.take(read);
+            self.skip(read);
             (offset, bytes) = (offset + read, bytes - read);
         }
         Ok(())
@@ -84,19 +98,14 @@ impl<'a> Buffers<'a> {
     pub fn drain_to(&mut self, file: &File, mut offset: u64) -> io::Result<()> {
         let mut bytes = self.len();
         while bytes > 0 {
-            let mut part = self.clone_front(bytes);
-            let written = transfer(Direction::Write, file, offset, &part.take(bytes))?;
+            let written = transfer(Direction::Write, file, offset, &self.front(bytes))?;
             if written == 0 {
                 return Err(io::ErrorKind::WriteZero.into());
             }
-            self.take(written);
+            self.skip(written);
             (offset, bytes) = (offset + written, bytes - written);
         }
         Ok(())
-    }
-
-    fn clone_front(&self, _bytes: u64) -> Buffers<'a> {
-        Buffers { slices: self.slices[self.first..].to_vec(), first: 0 }
     }
 }
 

@@ -6,6 +6,7 @@
 //! irqfd     ◄────────── Interrupt, or vhost in the kernel      completions
 //! ```
 
+pub mod balloon;
 pub mod block;
 pub mod disk;
 pub mod layers;
