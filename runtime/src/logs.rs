@@ -222,11 +222,12 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
         #[test]
         fn logs_hold_exactly_what_was_written(
             pieces in proptest::collection::vec(
-                (any::<bool>(), proptest::collection::vec(prop_oneof![Just(b'\n'), any::<u8>()], 0..40), 1usize..2000),
-                0..40,
+                (any::<bool>(), proptest::collection::vec(prop_oneof![Just(b'\n'), any::<u8>()], 0..40), 1usize..1000),
+                0..12,
             )
         ) {
             let mut lines = Lines::default();
