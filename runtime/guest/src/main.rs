@@ -44,6 +44,7 @@ mod volumes;
 
 use options::Mode;
 
+#[cfg_attr(test, expect(dead_code, reason = "the test harness brings its own main"))]
 /// Called by `main` in [`sys`] with the arguments of the process.
 fn run(args: &[String]) -> i32 {
     match options::parse(args) {

@@ -1,5 +1,7 @@
 //! The guest without its VM: real namespaces, mounts, users and signals, driven as the runtime drives it.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod peer;
 
 use atoll_spec::guest::*;

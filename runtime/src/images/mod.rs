@@ -12,8 +12,17 @@
 
 mod digest;
 mod error;
+pub mod helper;
+mod index;
+mod jail;
+mod manifest;
+mod pull;
 mod reference;
+mod registry;
+mod scratch;
 mod store;
+mod tarscan;
+mod unpack;
 
 pub use digest::Digest;
 pub use error::ImageError;
@@ -78,6 +87,8 @@ pub struct StoreOptions {
     pub system_ca: PathBuf,
     /// User and group of the helper; `None` keeps ours (tests without root).
     pub helper_uid: Option<u32>,
+    /// Where else than in the usual places that program has its parts.
+    pub helper_paths: Vec<PathBuf>,
     /// Longest time for one pull.
     pub pull_deadline: Duration,
 }
@@ -92,6 +103,7 @@ impl StoreOptions {
             helper: "/proc/self/exe".into(),
             system_ca: "/etc/ssl/certs/ca-certificates.crt".into(),
             helper_uid: Some(65534),
+            helper_paths: Vec::new(),
             pull_deadline: Duration::from_secs(30 * 60),
         }
     }
