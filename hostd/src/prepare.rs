@@ -1,6 +1,6 @@
 //! Prepares storage at boot: waits for the boot disk, plans, applies. Runs once, before anything else.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, chain};
 use crate::options::{Options, StorageMode};
 use crate::plan::storage::{Observed, Plan, Step, boot_disk, plan};
 use crate::{apply, observe};
@@ -60,17 +60,25 @@ async fn wait_for_disk(options: &Options) -> Result<Observed> {
     }
 }
 
-/// Plans and does it all; the first step that fails ends it, because each needs those before it.
+/// Plans and does it all; a step that fails ends it, because each needs those before it. Growing is not needed.
 pub async fn prepare(options: &Options) -> Result<Storage> {
     let (plan, summary) = plan_storage(options).await?;
+    let mut notes = plan.notes;
     for step in &plan.steps {
         match step {
             Step::Directory { .. } => tracing::debug!("{step}"),
             _ => tracing::info!("{step}"),
         }
-        apply::storage::apply(step).await?;
+        match (apply::storage::apply(step).await, step) {
+            (Ok(()), _) => {}
+            // What was stored is there, only not more room for it.
+            (Err(error), Step::GrowFilesystem { .. } | Step::GrowPartition { .. }) => {
+                notes.push(format!("{step} failed, the space behind it is not used: {}", chain(&error)));
+            }
+            (Err(error), _) => return Err(error),
+        }
     }
-    Ok(Storage { summary, persistent: plan.persistent, notes: plan.notes })
+    Ok(Storage { summary, persistent: plan.persistent, notes })
 }
 
 fn size(bytes: u64) -> String {

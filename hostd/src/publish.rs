@@ -127,7 +127,8 @@ pub fn node_name(machine: &Machine, before: Option<&str>, leased: Option<&str>, 
         leased.map(|name| if fitting(&name) { name } else { name.split('.').next().unwrap_or_default() });
     let known = machine.hostname.as_deref().or(before.filter(fitting)).or(leased.filter(fitting));
     let id: String = machine_id.chars().filter(char::is_ascii_hexdigit).take(8).collect();
-    known.map_or_else(|| format!("atoll-{}", id.to_ascii_lowercase()), str::to_owned)
+    let made = if id.is_empty() { "atoll".to_owned() } else { format!("atoll-{}", id.to_ascii_lowercase()) };
+    known.map_or(made, str::to_owned)
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The status screen: what a person at the console needs to know, and what to do next. ◇
 
 use crate::clock::Clock;
+use crate::config::Origin;
 use crate::status::{LinkStatus, Status};
 use atoll_spec::control::ServiceState;
 use atoll_spec::node::JoinState;
@@ -113,8 +114,12 @@ fn todo(status: &Status) -> Vec<String> {
     if let Some(error) = status.agent.as_ref().and_then(|a| a.last_error.clone()) {
         out.push(format!("agent: {error}"));
     }
-    let no_join = status.join_server.is_none();
-    if status.ready && no_join && status.agent.as_ref().is_none_or(|a| a.join == JoinState::NotConfigured) {
+    // Until the agent has spoken, only a host without any config is known to belong nowhere.
+    let alone = match &status.agent {
+        Some(agent) => agent.join == JoinState::NotConfigured,
+        None => status.config == Origin::None.to_string(),
+    };
+    if status.ready && alone {
         out.push(
             "not part of a cluster: put a 'join' section into machine.yaml ('atoll-supervisor token create' prints \
              one) and boot again"
@@ -187,6 +192,7 @@ mod tests {
         status.ready = true;
         status.links =
             vec![LinkStatus { name: "eth0".into(), carrier: false, dhcp: true, addresses: vec![] }];
+        status.config = "none".into();
         status.services = vec![service("runtime", ServiceState::BackingOff)];
         status.set_problems(Area::Config, ["hostname: wrong".into()]);
         let text = lines(&status).join("\n");

@@ -21,7 +21,7 @@ pub async fn apply(step: &Step) -> Result<()> {
     match step {
         Step::GrowPartition { disk, number } => grow_partition(disk, *number),
         Step::Format { device, label } => format(device, label).await,
-        Step::Check { device } => check(device).await,
+        Step::Check { device, whole } => check(device, *whole).await,
         Step::Mount { device, target, how } => mount_volume(device, target, *how),
         Step::GrowFilesystem { device } => {
             let outcome = run("resize2fs", &[device.as_os_str()], device, GROW_DEADLINE).await?;
@@ -65,9 +65,12 @@ async fn format(device: &Path, label: &str) -> Result<()> {
 }
 
 /// Mends what can be mended: first what is certain, then everything, because nobody can answer questions here.
-async fn check(device: &Path) -> Result<()> {
+async fn check(device: &Path, whole: bool) -> Result<()> {
     for mode in ["-p", "-y"] {
-        let arguments = [std::ffi::OsStr::new(mode), device.as_os_str()];
+        let mut arguments = vec![std::ffi::OsStr::new(mode), device.as_os_str()];
+        if whole {
+            arguments.insert(0, std::ffi::OsStr::new("-f"));
+        }
         let outcome = run("e2fsck", &arguments, device, CHECK_DEADLINE).await?;
         match outcome.code {
             Some(0) => return Ok(()),

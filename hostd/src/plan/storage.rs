@@ -111,6 +111,8 @@ pub enum Step {
     Check {
         /// The partition.
         device: PathBuf,
+        /// All of it, even when it says that it is clean: growing needs that.
+        whole: bool,
     },
     /// Mount a partition.
     Mount {
@@ -121,7 +123,8 @@ pub enum Step {
         /// How.
         how: Mounting,
     },
-    /// Make a mounted file system fill its partition.
+    /// Make a file system fill its partition. Before it is mounted: while it is, the kernel wants a capability that
+    /// hostd has no other use for.
     GrowFilesystem {
         /// The partition.
         device: PathBuf,
@@ -151,7 +154,8 @@ impl fmt::Display for Step {
                 write!(f, "grow partition {number} to the end of {}", disk.display())
             }
             Self::Format { device, label } => write!(f, "format {} as {label} (ext4)", device.display()),
-            Self::Check { device } => write!(f, "check {}", device.display()),
+            Self::Check { device, whole: false } => write!(f, "check {}", device.display()),
+            Self::Check { device, whole: true } => write!(f, "check all of {}", device.display()),
             Self::Mount { device, target, how: Mounting::Esp } => {
                 write!(f, "mount {} at {} read-only", device.display(), target.display())
             }
@@ -272,21 +276,20 @@ fn plan_volume(
     plan: &mut Plan,
 ) -> Result<(), String> {
     let device = partition.device.clone();
-    let mut smaller = false;
     match &partition.content {
         Content::Blank => plan.steps.push(Step::Format { device: device.clone(), label }),
         Content::Ext4(bytes) => {
-            smaller = grown || bytes + WORTH_GROWING < partition.bytes;
-            plan.steps.push(Step::Check { device: device.clone() });
+            let smaller = grown || bytes + WORTH_GROWING < partition.bytes;
+            plan.steps.push(Step::Check { device: device.clone(), whole: smaller });
+            if smaller {
+                plan.steps.push(Step::GrowFilesystem { device: device.clone() });
+            }
         }
         Content::Fat => return Err(foreign(partition, label, "a FAT file system")),
         Content::Other(what) => return Err(foreign(partition, label, what)),
         Content::Unreadable(why) => return Err(format!("cannot read {} ({label}): {why}", device.display())),
     }
-    plan.steps.push(Step::Mount { device: device.clone(), target: target.to_owned(), how: Mounting::Ext4 });
-    if smaller {
-        plan.steps.push(Step::GrowFilesystem { device });
-    }
+    plan.steps.push(Step::Mount { device, target: target.to_owned(), how: Mounting::Ext4 });
     Ok(())
 }
 
@@ -410,8 +413,15 @@ mod tests {
         assert_eq!(steps(&observed), usual);
         observed.disks[0].bytes = 2 << 30;
         let grown = steps(&observed);
-        assert_eq!(grown[3], "grow partition 3 to the end of /dev/vda");
-        assert_eq!(grown.last().unwrap(), "grow the file system on /dev/vda3");
+        assert_eq!(
+            grown[3..],
+            [
+                "grow partition 3 to the end of /dev/vda",
+                "check all of /dev/vda3",
+                "grow the file system on /dev/vda3",
+                "mount /dev/vda3 at /data",
+            ]
+        );
         observed.mounted = vec!["/esp".into(), "/state".into(), "/data".into()];
         assert_eq!(steps(&observed), [""; 0]);
     }
