@@ -52,7 +52,7 @@ impl<'a> Debian<'a> {
             apt.download(&names, &incoming).map_err(|error| match error {
                 Error::Program { program, status, tail, .. } => Error::Program {
                     program,
-                    purpose: "fetch the versions in image/debian.lock (gone from the mirror? `atoll-image lock` pins the current ones)".into(),
+                    purpose: "fetch the versions in image/debian.lock (gone from the mirror? `atoll-image lock` pins the current ones; then build atoll-image again)".into(),
                     status,
                     tail,
                 },

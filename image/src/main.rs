@@ -34,6 +34,8 @@ enum Command {
         #[arg(long)]
         config: PathBuf,
     },
+    /// Write the list of what an image holds (SPDX 2.3) without building the image.
+    Sbom(BuildArguments),
     /// Build the guest kernel and print its path.
     GuestKernel,
     /// Pin the newest Debian 13 packages that the mirror has, in image/debian.lock.
@@ -98,7 +100,10 @@ fn main() -> std::process::ExitCode {
 
 fn run(command: Command) -> Result<()> {
     match command {
-        Command::Build(arguments) => build(&arguments),
+        Command::Build(arguments) => build(&arguments, |_| true),
+        Command::Sbom(arguments) => {
+            build(&arguments, |step| matches!(step, Step::Fetch(_) | Step::HostKernel { .. } | Step::Sbom(_)))
+        }
         Command::Plan(selection) => {
             let (_, steps) = planned(&selection)?;
             print!("{}", plan::to_text(&steps));
@@ -128,8 +133,10 @@ fn planned(selection: &Selection) -> Result<(Profile, Vec<Step>)> {
     Ok((profile, steps))
 }
 
-fn build(arguments: &BuildArguments) -> Result<()> {
-    let (profile, steps) = planned(&arguments.selection)?;
+/// Runs the steps that are `wanted`.
+fn build(arguments: &BuildArguments, wanted: impl Fn(&Step) -> bool) -> Result<()> {
+    let (profile, mut steps) = planned(&arguments.selection)?;
+    steps.retain(wanted);
     if arguments.dry_run {
         print!("{}", plan::to_text(&steps));
         return Ok(());

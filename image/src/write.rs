@@ -231,7 +231,8 @@ impl Build<'_> {
         names.extend([kernel.name.as_str(), guest_kernel::SOURCE, BOOT_PACKAGE]);
         let debian = Debian::new(self.cache);
         let (host, boot) = (debian.unpack(kernel)?, debian.unpack(self.lock.get(BOOT_PACKAGE)?)?);
-        let mut components = sbom::debian(&self.packages(&names)?, &kernel.name, &[&made.packages, &host, &boot]);
+        let mut components =
+            sbom::debian(&self.packages(&names)?, &kernel.name, &[&made.packages, &host, &boot]);
         let kernel = host_kernel(made)?;
         components.extend(sbom::modules(&kernel.modules, &kernel.release)?);
         let mut programs = self.profile.binaries.clone();
