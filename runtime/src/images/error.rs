@@ -46,6 +46,14 @@ pub enum ImageError {
         /// What happened.
         why: String,
     },
+    /// Its certificate does not verify.
+    #[error("cannot trust {registry}: {why}; if it is yours, give its CA certificate in the machine config")]
+    Untrusted {
+        /// Which registry.
+        registry: String,
+        /// What TLS says.
+        why: String,
+    },
     /// The content is not what its digest says.
     #[error(
         "{what} does not match its digest: expected {expected}, got {actual}; the registry or the path to it alters data"

@@ -89,12 +89,7 @@ pub fn main(arguments: &[String]) -> ExitCode {
 
 fn run(job: &Job) -> Result<(), String> {
     let limits = Limits::default();
-    let openings = jail::Openings {
-        work: &job.work,
-        programs: &job.programs,
-        uid: job.uid,
-        max_file: limits.bytes + (1 << 30),
-    };
+    let openings = jail::Openings { work: &job.work, programs: &job.programs, uid: job.uid };
     jail::close(&openings)?;
     let mut child = start_mkfs(job)?;
     let outcome = feed(job, limits, &mut child);

@@ -25,13 +25,11 @@ pub struct Openings<'a> {
     pub programs: &'a [PathBuf],
     /// Who to become.
     pub uid: Option<u32>,
-    /// Largest file.
-    pub max_file: u64,
 }
 
 /// Closes the cage around this process. The error is one line.
 pub fn close(openings: &Openings<'_>) -> Result<(), String> {
-    limit_resources(openings.max_file)?;
+    limit_resources()?;
     if let Some(uid) = openings.uid {
         leave_the_network()?;
         become_user(uid)?;
@@ -41,12 +39,12 @@ pub fn close(openings: &Openings<'_>) -> Result<(), String> {
     restrict_calls()
 }
 
-fn limit_resources(max_file: u64) -> Result<(), String> {
+/// Not the size of files: mkfs.erofs makes a sparse one as large as can be. The scanner bounds what is written.
+fn limit_resources() -> Result<(), String> {
     let limits = [
         (Resource::Core, 0),
         (Resource::Cpu, CPU_SECONDS),
         (Resource::As, ADDRESS_SPACE),
-        (Resource::Fsize, max_file),
         (Resource::Nofile, 256),
     ];
     for (resource, limit) in limits {

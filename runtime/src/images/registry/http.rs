@@ -32,6 +32,9 @@ pub enum Error {
     /// The address is not usable, or TLS could not be set up.
     #[error("{0}")]
     Setup(String),
+    /// TLS was refused, by us or by them.
+    #[error("{0}")]
+    Untrusted(std::io::Error),
     /// The exchange broke.
     #[error("{}", chain(.0))]
     Broken(#[from] hyper::Error),
@@ -83,7 +86,12 @@ pub async fn exchange(
         let name =
             rustls_pki_types::ServerName::try_from(host.clone()).map_err(|_| setup("an odd host name"))?;
         let stream = tokio::time::timeout(CONNECT_DEADLINE, connector.connect(name, stream)).await;
-        let stream = stream.map_err(|_| failed(std::io::ErrorKind::TimedOut.into()))?.map_err(failed)?;
+        let stream = stream.map_err(|_| failed(std::io::ErrorKind::TimedOut.into()))?;
+        let stream = stream.map_err(|error| match error.kind() {
+            // What TLS has against the peer comes as this kind.
+            std::io::ErrorKind::InvalidData => Error::Untrusted(error),
+            _ => failed(error),
+        })?;
         speak(stream, request).await
     } else {
         speak(stream, request).await

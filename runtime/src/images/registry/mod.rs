@@ -185,6 +185,12 @@ impl Registry {
     async fn exchange(&self, request: Request<String>, what: &str) -> Result<Response<Body>, ImageError> {
         let exchange = http::exchange(request, &self.connectors);
         match tokio::time::timeout(HEAD_DEADLINE, exchange).await {
+            Ok(Err(http::Error::Untrusted(error))) => {
+                Err(ImageError::Untrusted { registry: self.host.clone(), why: error.to_string() })
+            }
+            Ok(Err(http::Error::Setup(why))) => {
+                Err(ImageError::Settings { registry: self.host.clone(), why })
+            }
             Ok(result) => result.map_err(|error| self.error(what, error)),
             Err(_) => Err(self.error(what, format!("no answer within {} s", HEAD_DEADLINE.as_secs()))),
         }

@@ -1,0 +1,245 @@
+//! Pulls from a real registry, and from ones that misbehave.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod registry;
+
+use atoll_runtime::images::{Auth, Digest, ImageError, ImageRef, ImageStore, StoreOptions};
+use registry::{Family, Packing, Registry, Settings, TestImage, layer, options, pack};
+use std::path::Path;
+use std::process::Command;
+
+const PASSWORD: &str = "secret";
+/// bcrypt of [`PASSWORD`].
+const HTPASSWD: &str = "tester:$2b$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n";
+
+fn plain(options: &StoreOptions, registry: &Registry) {
+    let settings = serde_json::json!({"registries": {&registry.address: {"plain_http": true}}});
+    std::fs::write(&options.registries, settings.to_string()).unwrap();
+}
+
+fn reference(registry: &Registry, rest: &str) -> ImageRef {
+    format!("{}/{rest}", registry.address).parse().unwrap()
+}
+
+fn files_below(path: &Path) -> usize {
+    std::fs::read_dir(path).unwrap().count()
+}
+
+#[tokio::test]
+async fn images_of_both_families_and_every_packing() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(options) = options(dir.path()) else { return };
+    let Some(registry) = Registry::start(dir.path(), &Settings::default()) else { return };
+    plain(&options, &registry);
+    let base = layer(&[("etc/passwd", "root\n"), ("bin/tool", "x")]);
+    let top = layer(&[("etc/.wh.passwd", ""), ("data/new", "y")]);
+    let opaque = layer(&[("bin/.wh..wh..opq", ""), ("bin/other", "z")]);
+    let oci = TestImage::new(
+        Family::Oci,
+        vec![(base.clone(), Packing::Plain), (top, Packing::Zstd), (opaque, Packing::Gzip)],
+    );
+    let docker = TestImage::new(Family::Docker, vec![(base, Packing::Gzip)]);
+    let (digest, length) = registry.put_image("team/oci", "v1", &oci);
+    registry.put_image("team/docker", "v1", &docker);
+    let arm = TestImage { architecture: "arm64", ..TestImage::new(Family::Oci, vec![]) };
+    let (arm, arm_length) = registry.put_image("team/oci", "arm", &arm);
+    let index = serde_json::json!({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [
+        {"mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": arm.as_str(), "size": arm_length,
+            "platform": {"os": "linux", "architecture": "arm64"}},
+        {"mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": digest.as_str(), "size": length,
+            "platform": {"os": "linux", "architecture": "amd64"}}]});
+    let index = registry.put_manifest(
+        "team/oci",
+        "multi",
+        "application/vnd.oci.image.index.v1+json",
+        &index.to_string(),
+    );
+
+    let store = ImageStore::open(options.clone()).await.unwrap();
+    let names = ["team/oci:v1", "team/docker:v1"].map(|name| reference(&registry, name));
+    let (one, two) = tokio::join!(store.pull(&names[0], None), store.pull(&names[1], None));
+    let (one, two) = (one.unwrap(), two.unwrap());
+    assert_eq!(one.0, Digest::of(oci.config().as_bytes()));
+    let layers = store.layers(&one).unwrap();
+    assert_eq!(layers.len(), 3);
+    assert_eq!(layers[0], store.layers(&two).unwrap()[0], "shared, although packed differently");
+    for layer in &layers {
+        assert_eq!(layer.length % 4096, 0);
+        assert_eq!(std::fs::metadata(&layer.path).unwrap().len(), layer.length);
+    }
+    let config = store.config(&one).unwrap();
+    assert_eq!(
+        (config.user.as_str(), config.env, config.cmd),
+        ("web", vec!["A=1".to_owned()], vec!["/bin/sh".to_owned()])
+    );
+
+    // The index leads to the same image; by digest it has no tag.
+    let by_index = reference(&registry, &format!("team/oci@{index}"));
+    assert_eq!(store.pull(&by_index, None).await.unwrap(), one);
+    assert_eq!(store.pull(&reference(&registry, "team/oci:multi"), None).await.unwrap(), one);
+    let image = store.status(&format!("{}/team/oci@{index}", registry.address)).unwrap();
+    assert_eq!(image.repo_tags.len(), 2);
+    assert_eq!(image.repo_digests.len(), 2);
+    assert_eq!(store.status(&one.0.hex()[..12]).unwrap().id, one);
+    let wrong = store.pull(&reference(&registry, "team/oci:arm"), None).await.unwrap_err();
+    assert!(matches!(wrong, ImageError::NoPlatform { .. }), "{wrong}");
+    let missing = store.pull(&reference(&registry, "team/none:v1"), None).await.unwrap_err();
+    assert!(matches!(missing, ImageError::NotInRegistry { .. }), "{missing}");
+
+    look_inside(&layers[0].path, &layers[1].path, &layers[2].path);
+    assert!(store.fs_usage().unwrap().used_bytes >= image.size / 2);
+    assert_eq!(files_below(&options.root.join("tmp")), 0, "nothing is left over");
+}
+
+/// Mounts what was made, where that can be done.
+fn look_inside(base: &Path, top: &Path, opaque: &Path) {
+    let script = "set -e; mkdir -p /tmp/a /tmp/b /tmp/c; mount -t erofs -o loop,ro $0 /tmp/a; mount -t erofs -o loop,ro $1 /tmp/b; \
+        mount -t erofs -o loop,ro $2 /tmp/c; stat -c '%a %u %g %Y %s' /tmp/a/etc/passwd; stat -c '%F %t %T' /tmp/b/etc/passwd; \
+        mkdir /tmp/m; mount -t overlay -o lowerdir=/tmp/c:/tmp/b:/tmp/a none /tmp/m; cd /tmp/m; find . -type f | sort";
+    let output = Command::new("unshare")
+        .args(["--mount", "sh", "-c", &format!("mount -t tmpfs t /tmp 2>/dev/null; {script}")])
+        .args([base, top, opaque].map(Path::as_os_str))
+        .current_dir("/")
+        .output()
+        .unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() {
+        eprintln!("skipped: cannot mount erofs here: {errors}");
+        return;
+    }
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout),
+        "640 33 44 1000000000 5\ncharacter special file 0 0\n./bin/other\n./data/new\n"
+    );
+}
+
+#[tokio::test]
+async fn tls_and_basic_authentication() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(options) = options(dir.path()) else { return };
+    let Some(open) = Registry::start(dir.path(), &Settings::default()) else { return };
+    open.put_image(
+        "private/app",
+        "v1",
+        &TestImage::new(Family::Oci, vec![(layer(&[("a", "1")]), Packing::Gzip)]),
+    );
+    let key = rcgen::KeyPair::generate().unwrap();
+    let certificate =
+        rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap().self_signed(&key).unwrap();
+    let path = |name: &str| dir.path().join(name);
+    std::fs::write(path("cert.pem"), certificate.pem()).unwrap();
+    std::fs::write(path("key.pem"), key.serialize_pem()).unwrap();
+    std::fs::write(path("htpasswd"), HTPASSWD).unwrap();
+    let settings =
+        Settings { tls: Some((path("cert.pem"), path("key.pem"))), htpasswd: Some(path("htpasswd")) };
+    let Some(closed) = Registry::start(dir.path(), &settings) else { return };
+    let name = reference(&closed, "private/app:v1");
+    let write = |value: serde_json::Value| {
+        let text = serde_json::json!({"registries": {&closed.address: value}}).to_string();
+        std::fs::write(&options.registries, text).unwrap();
+    };
+    let store = ImageStore::open(options.clone()).await.unwrap();
+    let auth = |password: &str| Some(Auth::Basic { username: "tester".into(), password: password.into() });
+
+    let untrusted = store.pull(&name, auth(PASSWORD)).await.unwrap_err();
+    assert!(untrusted.to_string().contains("certificate"), "{untrusted}");
+    write(serde_json::json!({"ca_pem": certificate.pem()}));
+    for refused in [None, auth("wrong")] {
+        let error = store.pull(&name, refused).await.unwrap_err();
+        assert!(matches!(error, ImageError::Denied { status: 401, .. }), "{error}");
+    }
+    let id = store.pull(&name, auth(PASSWORD)).await.unwrap();
+    store.remove(&id.to_string()).await.unwrap();
+    write(serde_json::json!({"ca_pem": certificate.pem(), "username": "tester", "password": PASSWORD}));
+    assert_eq!(store.pull(&name, None).await.unwrap(), id);
+}
+
+#[tokio::test]
+async fn tags_move_and_layers_live_as_long_as_they_are_needed() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(options) = options(dir.path()) else { return };
+    let Some(registry) = Registry::start(dir.path(), &Settings::default()) else { return };
+    plain(&options, &registry);
+    let shared = layer(&[("shared", "1")]);
+    let image = |own: &str| {
+        TestImage::new(
+            Family::Oci,
+            vec![(shared.clone(), Packing::Gzip), (layer(&[("own", own)]), Packing::Gzip)],
+        )
+    };
+    let name = reference(&registry, "app:v1");
+    registry.put_image("app", "v1", &image("first"));
+    let store = ImageStore::open(options.clone()).await.unwrap();
+    let first = store.pull(&name, None).await.unwrap();
+    store.hold("sandbox-1", &first).unwrap();
+    registry.put_image("app", "v1", &image("second"));
+    let second = store.pull(&name, None).await.unwrap();
+    assert_ne!(first, second);
+    assert!(store.status(first.0.hex()).unwrap().repo_tags.is_empty(), "the tag has moved");
+    assert_eq!(store.status(&name.to_string()).unwrap().id, second);
+
+    let layers = options.root.join("layers");
+    assert_eq!(files_below(&layers), 3);
+    store.remove(first.0.as_str()).await.unwrap();
+    assert_eq!(files_below(&layers), 3, "held by the sandbox");
+    store.release("sandbox-1");
+    assert_eq!(files_below(&layers), 2);
+    drop(store);
+
+    // A crash leaves rubbish of every kind.
+    std::fs::write(options.root.join("tmp/blob-1-1"), "half").unwrap();
+    std::fs::write(layers.join("no-such.erofs"), "orphan").unwrap();
+    std::fs::write(options.root.join("images/half.partial"), "{").unwrap();
+    std::fs::write(options.root.join(format!("images/{}.json", first.0.hex())), "{").unwrap();
+    let store = ImageStore::open(options.clone()).await.unwrap();
+    assert_eq!(store.list().len(), 1);
+    assert_eq!((files_below(&layers), files_below(&options.root.join("images"))), (2, 1));
+    let lost = store.layers(&second).unwrap()[1].path.clone();
+    drop(store);
+    std::fs::remove_file(lost).unwrap();
+    let store = ImageStore::open(options.clone()).await.unwrap();
+    assert!(store.list().is_empty(), "an image without one of its layers is no image");
+    store.pull(&name, None).await.unwrap();
+    store.remove(&name.to_string()).await.unwrap();
+    assert_eq!(files_below(&layers), 0);
+    store.remove(&name.to_string()).await.unwrap();
+}
+
+#[tokio::test]
+async fn hostile_layers_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(options) = options(dir.path()) else { return };
+    let Some(registry) = Registry::start(dir.path(), &Settings::default()) else { return };
+    plain(&options, &registry);
+    let store = ImageStore::open(options.clone()).await.unwrap();
+    let escaping = {
+        let mut header = tar::Header::new_gnu();
+        header.as_gnu_mut().unwrap().name[..11].copy_from_slice(b"../../etc/x");
+        header.set_size(0);
+        header.set_mode(0o644);
+        header.set_cksum();
+        header.as_bytes().to_vec()
+    };
+    let good = layer(&[("a", "1")]);
+    let lying = TestImage {
+        diff_ids: Some(vec![Digest::of(b"something else")]),
+        ..TestImage::new(Family::Oci, vec![(good.clone(), Packing::Gzip)])
+    };
+    let mut cut = pack(&good, Packing::Gzip);
+    cut.truncate(cut.len() / 2);
+    let cases = [
+        ("escape", TestImage::new(Family::Oci, vec![(escaping, Packing::Gzip)]), "leads out of the image"),
+        ("lie", lying, "not to what the image config says"),
+        ("rubbish", TestImage::new(Family::Oci, vec![(vec![b'x'; 2000], Packing::Zstd)]), "checksum"),
+        ("cut", TestImage::new(Family::Oci, vec![(cut, Packing::Plain)]), "cannot decompress"),
+    ];
+    for (name, image, why) in cases {
+        registry.put_image(name, "v1", &image);
+        let error = store.pull(&reference(&registry, &format!("{name}:v1")), None).await.unwrap_err();
+        assert!(matches!(error, ImageError::Unpack { .. }), "{error}");
+        assert!(error.to_string().contains(why), "{error}");
+    }
+    assert_eq!(files_below(&options.root.join("layers")), 0);
+    assert_eq!(files_below(&options.root.join("tmp")), 0);
+}
