@@ -44,6 +44,7 @@ impl Owner {
             )));
         }
         self.shared.launcher.host.check().map_err(Error::State)?;
+        self.network.clone().map_err(|why| Error::State(format!("pods have no network: {why}")))?;
         let id: SandboxId = random_hex()?.parse().map_err(|e| Error::Invalid(format!("{e}")))?;
         let cid = self.free_cid()?;
         let address = self.pool.take().map_err(Error::State)?;

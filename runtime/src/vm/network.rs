@@ -129,7 +129,8 @@ impl Filter {
         if output.status.success() {
             return Ok(());
         }
-        Err(step(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
+        let words = String::from_utf8_lossy(&output.stderr);
+        Err(step(words.lines().next().unwrap_or("no reason given").trim().to_owned()))
     }
 }
 
@@ -142,12 +143,12 @@ fn table(cidr: PodCidr, ports: &[Port]) -> String {
 delete table inet atoll
 table inet atoll {{
   set pods {{ type ifname . ipv4_addr; {elements}}}
-  chain source {{
+  chain entering {{
     type filter hook prerouting priority raw; policy accept;
     iifname \"atoll*\" meta nfproto ipv6 drop
     iifname \"atoll*\" iifname . ip saddr != @pods drop
   }}
-  chain masquerade {{
+  chain leaving {{
     type nat hook postrouting priority srcnat; policy accept;
     ip saddr {cidr} ip daddr != {cidr} oifname != \"atoll*\" masquerade
   }}
