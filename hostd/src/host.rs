@@ -10,7 +10,7 @@ use crate::links::{Leased, Links, View};
 use crate::notify::Notifier;
 use crate::options::Options;
 use crate::plan::Step;
-use crate::plan::network::host_addresses;
+use crate::plan::network::{host_addresses, link_addresses};
 use crate::publish::{self, Facts, Publication};
 use crate::status::{Area, LinkStatus, Status};
 use crate::{boot_reason, console};
@@ -178,7 +178,7 @@ impl Host {
         let leased = Leased::of(&self.links.held());
         self.note_links(&leased);
         self.note_time_servers(&leased);
-        let addresses = host_addresses(&self.view.desired);
+        let addresses = host_addresses(&self.view.desired, &self.view.links);
         let was_ready = self.status.ready;
         if !was_ready && (late || self.settled(&addresses)) {
             self.say_what_is_missing(&addresses);
@@ -240,7 +240,7 @@ impl Host {
                 name: link.name.clone(),
                 carrier: carrier(link.index),
                 dhcp: link.dhcp,
-                addresses: link.addresses.iter().map(|a| a.net.addr()).collect(),
+                addresses: link_addresses(link, &self.view.links),
             })
             .collect();
         let routes = self.view.desired.iter().flat_map(|d| &d.routes);

@@ -7,7 +7,7 @@ use crate::{apply, observe};
 use atoll_spec::machine::domain::Machine;
 use futures_util::StreamExt;
 use rtnetlink::{Handle, MulticastGroup};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -26,6 +26,8 @@ pub struct Links {
     sys: PathBuf,
     clients: BTreeMap<u32, JoinHandle<()>>,
     leases: BTreeMap<u32, (LeaseState, Option<Instant>)>,
+    /// Links that had a peer at the last look.
+    plugged: BTreeSet<u32>,
     changes: mpsc::Sender<client::Change>,
 }
 
@@ -56,7 +58,14 @@ impl Links {
                 }
             }
         });
-        Ok(Self { netlink, sys, clients: BTreeMap::new(), leases: BTreeMap::new(), changes })
+        Ok(Self {
+            netlink,
+            sys,
+            clients: BTreeMap::new(),
+            leases: BTreeMap::new(),
+            plugged: BTreeSet::new(),
+            changes,
+        })
     }
 
     /// The steps that `machine` asks for, without doing them.
@@ -78,6 +87,7 @@ impl Links {
     async fn try_reconcile(&mut self, machine: &Machine, hostname: Option<&str>) -> Result<View> {
         self.clients.retain(|_, client| !client.is_finished());
         let links = observe::network::observe(&self.netlink, &self.sys).await?;
+        self.restart_replugged(&links);
         let desired = plan::desired(machine, &links, &self.lease_states());
         let clients: Vec<u32> = self.clients.keys().copied().collect();
         let mut problems = Vec::new();
@@ -106,6 +116,18 @@ impl Links {
             }
         }
         Ok(View { desired, links, problems })
+    }
+
+    /// A link that got a peer may be in another network now: its client begins anew, at once. What it had stays until
+    /// a server has spoken.
+    fn restart_replugged(&mut self, links: &[Link]) {
+        let now: BTreeSet<u32> = links.iter().filter(|l| l.carrier).map(|l| l.index).collect();
+        for link in now.difference(&self.plugged) {
+            if let Some(client) = self.clients.remove(link) {
+                client.abort();
+            }
+        }
+        self.plugged = now;
     }
 
     fn start(&mut self, link: client::Link, hostname: Option<&str>) {

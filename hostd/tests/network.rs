@@ -187,3 +187,24 @@ fn a_url_that_does_not_answer_falls_back_to_the_last_good_config() {
     wait_for("the agent's config", 10, || lab.path("run/agent/config.json").exists().then_some(()));
     assert_eq!(lab.agent_config().node_name, "kept");
 }
+
+#[test]
+fn a_cable_that_is_moved_to_another_network_gets_an_address_there() {
+    let mut lab = Lab::new();
+    lab.dnsmasq(&["--dhcp-range=10.9.0.50,10.9.0.60,255.255.255.0,1h"]);
+    let _hostd = lab.hostd(&["--network-deadline", "5"]);
+    let address = |lab: &Lab, prefix: &str| {
+        let shown = lab.host(&["ip", "-4", "addr", "show", "dev", "eth0"]);
+        (shown.contains(prefix) && shown.matches("inet ").count() == 1).then_some(())
+    };
+    wait_for("an address", 20, || address(&lab, "inet 10.9.0."));
+    lab.outside(&["ip", "link", "set", "srv0", "down"]);
+    lab.servers.clear();
+    lab.outside(&["ip", "addr", "flush", "dev", "srv0"]);
+    lab.outside(&["ip", "addr", "add", "10.77.0.1/24", "dev", "srv0"]);
+    lab.dnsmasq(&["--dhcp-range=10.77.0.50,10.77.0.60,255.255.255.0,1h"]);
+    // Only when the server listens: otherwise this would measure the back-off of the client.
+    wait_for("dnsmasq", 10, || lab.read("dnsmasq.log").contains("IP range 10.77.0.50").then_some(()));
+    lab.outside(&["ip", "link", "set", "srv0", "up"]);
+    wait_for("an address in the other network", 20, || address(&lab, "inet 10.77.0."));
+}

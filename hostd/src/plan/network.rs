@@ -297,15 +297,30 @@ fn lasts_as_long(have: Option<u32>, want: Option<u32>) -> bool {
     }
 }
 
+/// The addresses of a link: those it should have, and what IPv6 gave it by itself.
+pub fn link_addresses(desired: &Desired, links: &[Link]) -> Vec<IpAddr> {
+    let mut all: Vec<IpAddr> = desired.addresses.iter().map(|a| a.net.addr()).collect();
+    let have = links.iter().filter(|l| l.index == desired.index).flat_map(|l| &l.addresses);
+    for address in have {
+        if let IpAddr::V6(ip) = address.net.addr()
+            && !ip.is_unicast_link_local()
+            && !all.contains(&ip.into())
+        {
+            all.push(ip.into());
+        }
+    }
+    all
+}
+
 /// The host's addresses, the one that the outside most likely sees first.
-pub fn host_addresses(desired: &[Desired]) -> Vec<IpAddr> {
+pub fn host_addresses(desired: &[Desired], links: &[Link]) -> Vec<IpAddr> {
     let metric = |d: &Desired| {
         let defaults = d.routes.iter().filter(|r| r.to.prefix_len() == 0);
         defaults.map(|r| r.metric).min().unwrap_or(u32::MAX)
     };
-    let mut links: Vec<&Desired> = desired.iter().collect();
-    links.sort_by_key(|d| (metric(d), d.index));
-    let all = links.iter().flat_map(|d| d.addresses.iter().map(|a| a.net.addr()));
+    let mut sorted: Vec<&Desired> = desired.iter().collect();
+    sorted.sort_by_key(|d| (metric(d), d.index));
+    let all = sorted.iter().flat_map(|d| link_addresses(d, links));
     let (v4, v6): (Vec<IpAddr>, Vec<IpAddr>) = all.partition(IpAddr::is_ipv4);
     v4.into_iter().chain(v6).collect()
 }
@@ -459,9 +474,13 @@ mod tests {
             "{match: {name: eth2}, addresses: ['2001:db8::2/64', 10.9.0.2/24]}, {match: {name: eth3}, addresses: \
              [192.0.2.10/24], routes: [{to: default, via: 192.0.2.1}]}",
         );
-        let found = host_addresses(&desired(&machine, &[card(2), card(3)], &BTreeMap::new()));
+        let mut links = [card(2), card(3)];
+        for net in ["fe80::1/64", "2001:db8:1::3/64"] {
+            links[1].addresses.push(Address { net: net.parse().unwrap(), seconds: Some(60) });
+        }
+        let found = host_addresses(&desired(&machine, &links, &BTreeMap::new()), &links);
         let text: Vec<String> = found.iter().map(ToString::to_string).collect();
-        assert_eq!(text, ["192.0.2.10", "10.9.0.2", "2001:db8::2"]);
+        assert_eq!(text, ["192.0.2.10", "10.9.0.2", "2001:db8:1::3", "2001:db8::2"]);
     }
 
     fn any_link() -> impl Strategy<Value = Link> {
