@@ -1,11 +1,15 @@
 //! Flags, and the file in which hostd tells the agent who it is.
 //!
-//! Called by `main` once; [`read`] again whenever hostd has replaced the file. Nothing else reads either.
+//! Called by `app` once; [`follow`] reads again whenever hostd has replaced the file. Nothing else reads either.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, chain};
 use atoll_spec::node::AgentConfig;
+use futures_util::StreamExt as _;
+use inotify::{Inotify, WatchMask};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tokio::sync::watch;
 
 /// Node agent of an Atoll host: joins it to a Kubernetes control plane with a token and runs the pods that the
 /// control plane binds to it, through a container runtime that speaks CRI.
@@ -54,4 +58,45 @@ pub fn read(path: &Path) -> Result<AgentConfig> {
     let text =
         std::fs::read(path).map_err(|source| Error::Read { what: "config", path: path.into(), source })?;
     serde_json::from_slice(&text).map_err(|source| Error::Config { path: path.into(), source })
+}
+
+/// Reads the file now and whenever it has been replaced. While hostd has not written it yet, waits for it.
+///
+/// # Errors
+/// When its directory cannot be watched.
+pub async fn follow(path: PathBuf) -> Result<watch::Receiver<Arc<AgentConfig>>> {
+    let watched = |source| Error::Read { what: "the directory of", path: path.clone(), source };
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    let inotify = Inotify::init().map_err(watched)?;
+    inotify
+        .watches()
+        .add(directory, WatchMask::MOVED_TO | WatchMask::CLOSE_WRITE)
+        .map_err(watched)?;
+    let mut changes = inotify.into_event_stream([0; 4096]).map_err(watched)?;
+    let first = loop {
+        match read(&path) {
+            Ok(config) => break config,
+            Err(error) => tracing::warn!("waiting for the configuration: {}", chain(&error)),
+        }
+        if changes.next().await.is_none() {
+            return Err(watched(std::io::ErrorKind::UnexpectedEof.into()));
+        }
+    };
+    let (sender, receiver) = watch::channel(Arc::new(first));
+    tokio::spawn(async move {
+        // Ends when the agent's last part has dropped its receiver, or with the process.
+        while changes.next().await.is_some() && !sender.is_closed() {
+            match read(&path) {
+                Ok(config) => {
+                    sender.send_if_modified(|known| {
+                        let changed = **known != config;
+                        *known = Arc::new(config);
+                        changed
+                    });
+                }
+                Err(error) => tracing::warn!("the configuration stays as it was: {}", chain(&error)),
+            }
+        }
+    });
+    Ok(receiver)
 }

@@ -75,7 +75,7 @@ pub async fn run(
                     continue;
                 }
             },
-            _ = stop.wait_for(|stop| *stop) => break,
+            () = stopped(&mut stop) => break,
         };
         let Ok(slot) = Arc::clone(&slots).try_acquire_owned() else {
             tracing::warn!("kubelet API: {MAX_CONNECTIONS} connections are open, one more was refused");
@@ -89,6 +89,11 @@ pub async fn run(
     }
     renewal.abort();
     Ok(())
+}
+
+/// Waits until `stop` is true or nobody can make it so any more.
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    let _ = stop.wait_for(|stop| *stop).await;
 }
 
 async fn connection(stream: TcpStream, acceptor: TlsAcceptor, api: Arc<Api>) {
