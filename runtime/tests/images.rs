@@ -94,11 +94,11 @@ async fn images_of_both_families_and_every_packing() {
 
 /// Mounts what was made, where that can be done.
 fn look_inside(base: &Path, top: &Path, opaque: &Path) {
-    let script = "set -e; mkdir -p /tmp/a /tmp/b /tmp/c; mount -t erofs -o loop,ro $0 /tmp/a; mount -t erofs -o loop,ro $1 /tmp/b; \
-        mount -t erofs -o loop,ro $2 /tmp/c; stat -c '%a %u %g %Y %s' /tmp/a/etc/passwd; stat -c '%F %t %T' /tmp/b/etc/passwd; \
-        mkdir /tmp/m; mount -t overlay -o lowerdir=/tmp/c:/tmp/b:/tmp/a none /tmp/m; cd /tmp/m; find . -type f | sort";
+    let script = "set -e; mkdir -p /mnt/a /mnt/b /mnt/c; mount -t erofs -o loop,ro $0 /mnt/a; mount -t erofs -o loop,ro $1 /mnt/b; \
+        mount -t erofs -o loop,ro $2 /mnt/c; stat -c '%a %u %g %Y %s' /mnt/a/etc/passwd; stat -c '%F %t %T' /mnt/b/etc/passwd; stat -c '%a %u' /mnt/a /mnt/a/etc; \
+        mkdir /mnt/m; mount -t overlay -o lowerdir=/mnt/c:/mnt/b:/mnt/a none /mnt/m; cd /mnt/m; find . -type f | sort";
     let output = Command::new("unshare")
-        .args(["--mount", "sh", "-c", &format!("mount -t tmpfs t /tmp 2>/dev/null; {script}")])
+        .args(["--mount", "sh", "-c", &format!("mount -t tmpfs t /mnt; {script}")])
         .args([base, top, opaque].map(Path::as_os_str))
         .current_dir("/")
         .output()
@@ -110,7 +110,7 @@ fn look_inside(base: &Path, top: &Path, opaque: &Path) {
     }
     assert_eq!(
         String::from_utf8_lossy(&output.stdout),
-        "640 33 44 1000000000 5\ncharacter special file 0 0\n./bin/other\n./data/new\n"
+        "640 33 44 1000000000 5\ncharacter special file 0 0\n755 0\n755 0\n./bin/other\n./data/new\n"
     );
 }
 

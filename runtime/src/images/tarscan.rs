@@ -1,19 +1,28 @@
 //! Checks a layer's tar while it passes through: nothing reaches mkfs.erofs before its header has been read here.
 //!
 //! Why: mkfs.erofs is a C program that trusts its input more than an archive from a registry deserves. Refused are
-//! paths that lead out, headers that do not add up, kinds of entries that no image has, and more entries or bytes
-//! than any image needs. The scanner keeps a few kilobytes, whatever the archive says.
+//! paths that lead out or through something that is no directory, headers that do not add up, kinds of entries that
+//! no image has, and more entries or bytes than any image needs.
+//!
+//! Two things are put right on the way, because mkfs.erofs has its own view of them: files of the oldest kind
+//! (type byte 0), which it would leave out without a word, become those of type `0`; and directories that the
+//! archive only implies, which it would give mode 0777, get an entry with 0755.
 //!
 //! ```text
-//! Header ─► entry with data ─► Data(n) ─► Padding ─► Header …
-//!        ─► pax or long name ─► Meta(n) ─► Padding ─► Header (of the entry it describes)
+//! Header ─► entry with data ─► Data(n) ─► Header …
+//!        ─► pax or long name ─► Meta(n), kept ─► Header of the entry it describes: both passed on
 //!        ─► zero block twice ─► End: what follows is dropped
 //! ```
+
+use std::collections::HashMap;
+use std::hash::{BuildHasher as _, RandomState};
 
 /// Bytes of a tar block.
 const BLOCK: usize = 512;
 /// Longest pax header or long name.
 const MAX_META: u64 = 1 << 20;
+/// Most bytes of such headers before one entry.
+const MAX_PENDING: usize = 4 << 20;
 const MAX_PATH: usize = 4096;
 const MAX_NAME: usize = 255;
 
@@ -63,6 +72,15 @@ pub struct Scanner {
     zero_blocks: u32,
     entries: u64,
     bytes: u64,
+    /// Extension headers of the next entry, not passed on yet.
+    pending: Vec<u8>,
+    /// Where in `pending` the present one begins.
+    pending_from: usize,
+    /// Checked, to be passed on.
+    out: Vec<u8>,
+    /// Paths so far, by keyed hash, and whether each is a directory.
+    paths: HashMap<u64, bool>,
+    hasher: RandomState,
 }
 
 impl Scanner {
@@ -80,6 +98,11 @@ impl Scanner {
             zero_blocks: 0,
             entries: 0,
             bytes: 0,
+            pending: Vec::new(),
+            pending_from: 0,
+            out: Vec::new(),
+            paths: HashMap::new(),
+            hasher: RandomState::new(),
         }
     }
 
@@ -114,7 +137,10 @@ impl Scanner {
             if self.block.len() == BLOCK {
                 let block = std::mem::take(&mut self.block);
                 self.take_block(&block)?;
-                pass(&block)?;
+                if !self.out.is_empty() {
+                    pass(&self.out)?;
+                    self.out.clear();
+                }
                 self.block = block;
                 self.block.clear();
             }
@@ -128,7 +154,7 @@ impl Scanner {
         match self.part {
             Part::End => Ok(&[]),
             // Some writers leave the end mark out.
-            Part::Header if self.block.is_empty() && self.path.is_none() && self.size.is_none() => Ok(&END),
+            Part::Header if self.block.is_empty() && self.pending.is_empty() => Ok(&END),
             _ => Err("the archive is cut short".into()),
         }
     }
@@ -137,6 +163,7 @@ impl Scanner {
         match self.part {
             Part::Header => self.take_header(block),
             Part::Data => {
+                self.out.extend_from_slice(block);
                 self.left = self.left.saturating_sub(BLOCK as u64);
                 self.after_data();
                 Ok(())
@@ -145,6 +172,7 @@ impl Scanner {
                 let count = usize::try_from(self.left).unwrap_or(BLOCK).min(BLOCK);
                 self.meta.extend_from_slice(&block[..count]);
                 self.left -= count as u64;
+                self.pending.extend_from_slice(block);
                 if self.left == 0 { self.after_meta(kind) } else { Ok(()) }
             }
             Part::End => Ok(()),
@@ -165,7 +193,11 @@ impl Scanner {
             Meta::LongName => self.path = Some(text()),
             Meta::LongLink => self.link = Some(text()),
             Meta::Pax => self.take_pax(&meta, false)?,
-            Meta::GlobalPax => self.take_pax(&meta, true)?,
+            Meta::GlobalPax => {
+                self.take_pax(&meta, true)?;
+                // Says nothing about entries, so nobody misses it.
+                self.pending.truncate(self.pending_from);
+            }
         }
         Ok(())
     }
@@ -211,7 +243,11 @@ impl Scanner {
 
     fn take_header(&mut self, block: &[u8]) -> Result<(), String> {
         if block.iter().all(|byte| *byte == 0) {
+            if !self.pending.is_empty() {
+                return Err("it ends after an extension header".into());
+            }
             self.zero_blocks += 1;
+            self.out.extend_from_slice(block);
             if self.zero_blocks == 2 {
                 self.part = Part::End;
             }
@@ -224,10 +260,10 @@ impl Scanner {
         let size = number(&block[124..136]).ok_or("it has an entry with an odd size")?;
         let kind = block[156];
         match kind {
-            b'x' => return self.start_meta(Meta::Pax, size),
-            b'g' => return self.start_meta(Meta::GlobalPax, size),
-            b'L' => return self.start_meta(Meta::LongName, size),
-            b'K' => return self.start_meta(Meta::LongLink, size),
+            b'x' => return self.start_meta(block, Meta::Pax, size),
+            b'g' => return self.start_meta(block, Meta::GlobalPax, size),
+            b'L' => return self.start_meta(block, Meta::LongName, size),
+            b'K' => return self.start_meta(block, Meta::LongLink, size),
             _ => {}
         }
         self.take_entry(block, kind, size)
@@ -242,8 +278,13 @@ impl Scanner {
         let link = self.link.take().unwrap_or_else(|| until_zero(&block[157..257]).to_vec());
         let size = self.size.take().unwrap_or(size);
         check_path(&path).map_err(|why| format!("its entry '{}' {why}", show(&path)))?;
+        let kind = match kind {
+            0 | b'0' if path.ends_with(b"/") => b'5',
+            0 | b'7' => b'0',
+            other => other,
+        };
         let size = match kind {
-            b'0' | 0 | b'7' => size,
+            b'0' => size,
             b'1' => {
                 check_path(&link)
                     .map_err(|why| format!("its hard link '{}' to '{}' {why}", show(&path), show(&link)))?;
@@ -264,19 +305,97 @@ impl Scanner {
         if size > self.limits.bytes {
             return Err(format!("its file '{}' has {size} bytes", show(&path)));
         }
+        self.place(&path, kind == b'5')?;
+        self.out.append(&mut self.pending);
+        let mut header = block.to_vec();
+        if header[156] != kind {
+            header[156] = kind;
+            set_check_sum(&mut header);
+        }
+        self.out.append(&mut header);
         self.left = size;
         self.part = if size > 0 { Part::Data } else { Part::Header };
         Ok(())
     }
 
-    fn start_meta(&mut self, kind: Meta, size: u64) -> Result<(), String> {
-        if size == 0 || size > MAX_META {
+    /// Enters a path, after an entry for each directory above it that has had none.
+    fn place(&mut self, path: &[u8], directory: bool) -> Result<(), String> {
+        let parts = || path.split(|byte| *byte == b'/').filter(|part| !part.is_empty() && *part != b".");
+        let count = parts().count();
+        let mut prefix = Vec::with_capacity(path.len() + 2);
+        if count > 0 {
+            self.imply(b"./", path)?;
+        }
+        for part in parts().take(count.saturating_sub(1)) {
+            prefix.extend_from_slice(part);
+            prefix.push(b'/');
+            self.imply(&prefix, path)?;
+        }
+        match parts().next_back() {
+            Some(name) => prefix.extend_from_slice(name),
+            None => prefix.push(b'.'),
+        }
+        prefix.push(b'/');
+        self.paths.insert(self.hasher.hash_one(&prefix), directory);
+        Ok(())
+    }
+
+    fn imply(&mut self, directory: &[u8], path: &[u8]) -> Result<(), String> {
+        match self.paths.get(&self.hasher.hash_one(directory)) {
+            Some(true) => Ok(()),
+            Some(false) => Err(format!(
+                "its entry '{}' lies below '{}', which is no directory",
+                show(path),
+                show(directory)
+            )),
+            None => {
+                self.paths.insert(self.hasher.hash_one(directory), true);
+                implied_directory(&mut self.out, directory);
+                Ok(())
+            }
+        }
+    }
+
+    fn start_meta(&mut self, block: &[u8], kind: Meta, size: u64) -> Result<(), String> {
+        if size == 0 || size > MAX_META || self.pending.len() > MAX_PENDING {
             return Err(format!("it has an extension header of {size} bytes"));
         }
+        self.pending_from = self.pending.len();
+        self.pending.extend_from_slice(block);
         self.left = size;
         self.part = Part::Meta(kind);
         Ok(())
     }
+}
+
+/// An entry for a directory, root's, mode 0755, with a long name in GNU's way where it needs one.
+fn implied_directory(out: &mut Vec<u8>, path: &[u8]) {
+    if path.len() > 100 {
+        out.extend(made_header(b"././@LongLink", b'L', path.len() + 1));
+        out.extend_from_slice(path);
+        out.resize(out.len() + BLOCK - path.len() % BLOCK, 0);
+    }
+    out.extend(made_header(&path[..path.len().min(100)], b'5', 0));
+}
+
+fn made_header(name: &[u8], kind: u8, size: usize) -> Vec<u8> {
+    let mut header = vec![0; BLOCK];
+    header[..name.len()].copy_from_slice(name);
+    header[100..108].copy_from_slice(b"0000755\0");
+    header[108..116].copy_from_slice(b"0000000\0");
+    header[116..124].copy_from_slice(b"0000000\0");
+    header[124..136].copy_from_slice(format!("{size:011o}\0").as_bytes());
+    header[136..148].copy_from_slice(b"00000000000\0");
+    header[156] = kind;
+    header[257..265].copy_from_slice(b"ustar  \0");
+    set_check_sum(&mut header);
+    header
+}
+
+fn set_check_sum(header: &mut [u8]) {
+    header[148..156].fill(b' ');
+    let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+    header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
 }
 
 fn show(path: &[u8]) -> String {
@@ -297,10 +416,13 @@ fn header_path(block: &[u8]) -> Vec<u8> {
 
 /// An octal number, or a binary one where the first bit is set.
 fn number(field: &[u8]) -> Option<u64> {
-    if field[0] & 0x80 != 0 {
-        let (high, low) = field.split_at(field.len() - 8);
-        let zero = high[0] & 0x7f == 0 && high[1..].iter().all(|byte| *byte == 0);
-        return if zero { Some(u64::from_be_bytes(low.try_into().ok()?)) } else { None };
+    if let [first, rest @ ..] = field
+        && first & 0x80 != 0
+    {
+        let start = u64::from(first & 0x7f);
+        return rest
+            .iter()
+            .try_fold(start, |value, byte| value.checked_mul(256)?.checked_add(u64::from(*byte)));
     }
     let digits = field.split(|byte| *byte == 0).next()?;
     let text = std::str::from_utf8(digits).ok()?.trim_matches(' ');

@@ -86,6 +86,11 @@ impl Registry {
         ImageError::Registry { registry: self.host.clone(), what: what.to_owned(), why: why.to_string() }
     }
 
+    /// An answer that asking again would not change.
+    fn odd(&self, why: &str) -> ImageError {
+        ImageError::Malformed { what: format!("the answer of {}", self.host), why: why.to_owned() }
+    }
+
     async fn get(
         &self,
         path: &str,
@@ -164,13 +169,13 @@ impl Registry {
                 return Ok(response);
             }
             let location = response.headers().get(LOCATION).and_then(|value| value.to_str().ok());
-            let location = location.ok_or_else(|| self.error(what, "it redirects to nowhere"))?;
-            uri = resolve(&uri, location).ok_or_else(|| self.error(what, "it redirects to something odd"))?;
+            let location = location.ok_or_else(|| self.odd("it redirects to nowhere"))?;
+            uri = resolve(&uri, location).ok_or_else(|| self.odd("it redirects to something odd"))?;
             if home.scheme_str() == Some("https") && uri.scheme_str() != Some("https") {
-                return Err(self.error(what, "it redirects from https to http"));
+                return Err(self.odd("it redirects from https to http"));
             }
         }
-        Err(self.error(what, "it redirects too often"))
+        Err(self.odd("it redirects too often"))
     }
 
     async fn send(
@@ -231,7 +236,7 @@ impl Registry {
         let request =
             auth::token_request(challenge, &scope, credentials).map_err(|why| self.error(what, why))?;
         if self.base.starts_with("https") && request.uri().scheme_str() != Some("https") {
-            return Err(self.error(what, "it names a token server without TLS"));
+            return Err(self.odd("it names a token server without TLS"));
         }
         let response = self.exchange(request, "a token").await?;
         match response.status() {
