@@ -77,7 +77,9 @@ async fn within<T>(
     let status = match tokio::time::timeout(limit, answer).await {
         Ok(Ok(response)) => return Ok(response.into_inner()),
         Ok(Err(status)) => status,
-        Err(_) => Status::deadline_exceeded(format!("the runtime did not answer within {} s", limit.as_secs())),
+        Err(_) => {
+            Status::deadline_exceeded(format!("the runtime did not answer within {} s", limit.as_secs()))
+        }
     };
     Err(CriError { call, object: object.to_owned(), status: Box::new(status) })
 }
@@ -145,7 +147,8 @@ impl Cri {
                 network_config: Some(v1::NetworkConfig { pod_cidr: cidr.to_owned() }),
             }),
         };
-        within("UpdateRuntimeConfig", cidr, LOOK, self.runtime.clone().update_runtime_config(request)).await?;
+        within("UpdateRuntimeConfig", cidr, LOOK, self.runtime.clone().update_runtime_config(request))
+            .await?;
         Ok(())
     }
 
@@ -157,7 +160,9 @@ impl Cri {
         let filter = v1::PodSandboxFilter { label_selector: uid_selector(pod_uid), ..Default::default() };
         let request = v1::ListPodSandboxRequest { filter: Some(filter) };
         let object = pod_uid.unwrap_or("all");
-        Ok(within("ListPodSandbox", object, LOOK, self.runtime.clone().list_pod_sandbox(request)).await?.items)
+        Ok(within("ListPodSandbox", object, LOOK, self.runtime.clone().list_pod_sandbox(request))
+            .await?
+            .items)
     }
 
     /// Containers, all or those of one pod.
@@ -168,7 +173,9 @@ impl Cri {
         let filter = v1::ContainerFilter { label_selector: uid_selector(pod_uid), ..Default::default() };
         let request = v1::ListContainersRequest { filter: Some(filter) };
         let object = pod_uid.unwrap_or("all");
-        Ok(within("ListContainers", object, LOOK, self.runtime.clone().list_containers(request)).await?.containers)
+        Ok(within("ListContainers", object, LOOK, self.runtime.clone().list_containers(request))
+            .await?
+            .containers)
     }
 
     /// State of one sandbox; `None` when the runtime does not know it.
@@ -202,9 +209,11 @@ impl Cri {
     /// # Errors
     /// When the runtime cannot.
     pub async fn run_sandbox(&self, config: v1::PodSandboxConfig, handler: &str) -> Result<String> {
-        let object = config.metadata.as_ref().map(|m| format!("{}/{}", m.namespace, m.name)).unwrap_or_default();
+        let object =
+            config.metadata.as_ref().map(|m| format!("{}/{}", m.namespace, m.name)).unwrap_or_default();
         let request = v1::RunPodSandboxRequest { config: Some(config), runtime_handler: handler.to_owned() };
-        let answer = within("RunPodSandbox", &object, BOOT, self.runtime.clone().run_pod_sandbox(request)).await?;
+        let answer =
+            within("RunPodSandbox", &object, BOOT, self.runtime.clone().run_pod_sandbox(request)).await?;
         Ok(answer.pod_sandbox_id)
     }
 
@@ -233,7 +242,9 @@ impl Cri {
             config: Some(config),
             sandbox_config: Some(sandbox_config),
         };
-        let answer = within("CreateContainer", &object, CHANGE, self.runtime.clone().create_container(request)).await?;
+        let answer =
+            within("CreateContainer", &object, CHANGE, self.runtime.clone().create_container(request))
+                .await?;
         Ok(answer.container_id)
     }
 
@@ -252,9 +263,9 @@ impl Cri {
     /// # Errors
     /// When the runtime cannot.
     pub async fn stop_container(&self, id: &str, grace: Duration) -> Result<()> {
-        let request =
-            v1::StopContainerRequest { container_id: id.to_owned(), timeout: seconds_up(grace) };
-        match within("StopContainer", id, grace + CHANGE, self.runtime.clone().stop_container(request)).await {
+        let request = v1::StopContainerRequest { container_id: id.to_owned(), timeout: seconds_up(grace) };
+        match within("StopContainer", id, grace + CHANGE, self.runtime.clone().stop_container(request)).await
+        {
             Err(error) if !error.is_not_found() => Err(error),
             _ => Ok(()),
         }

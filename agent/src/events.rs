@@ -1,0 +1,186 @@
+//! Events that people see in `kubectl describe`: posted in the background, repeated ones counted, never too many.
+//!
+//! Called from everywhere in the agent; [`Recorder::record`] does not wait. One task posts. Invariants: the queue is
+//! bounded, and an event that does not fit is dropped rather than waited for; one object's events are limited in
+//! rate.
+
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1::{Event, EventSource, ObjectReference};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta, Time};
+use kube::api::{Api, Patch, PatchParams, PostParams};
+use std::collections::HashMap;
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+
+/// Events waiting to be posted.
+const QUEUE: usize = 512;
+/// Kinds of events remembered to count their repetitions.
+const REMEMBERED: usize = 2048;
+/// Repetitions within this time are one event.
+const SAME: SignedDuration = SignedDuration::from_mins(10);
+/// Events of one object at once, and the time after which it may have one more.
+const BURST: f64 = 25.0;
+const REFILL_SECONDS: f64 = 15.0;
+const REQUEST: Duration = Duration::from_secs(10);
+/// Longest message the API server takes.
+const MAX_MESSAGE: usize = 1024;
+
+/// How serious an event is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Severity {
+    /// All is well.
+    Normal,
+    /// Somebody should look.
+    Warning,
+}
+
+#[derive(Debug)]
+struct Entry {
+    object: ObjectReference,
+    severity: Severity,
+    reason: &'static str,
+    message: String,
+    at: Timestamp,
+}
+
+/// Takes events; cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Recorder {
+    queue: mpsc::Sender<Entry>,
+}
+
+/// Posts events.
+pub struct Poster {
+    client: kube::Client,
+    node: String,
+    queue: mpsc::Receiver<Entry>,
+    known: HashMap<String, Known>,
+    budgets: HashMap<String, (f64, Timestamp)>,
+}
+
+struct Known {
+    name: String,
+    count: i32,
+    last: Timestamp,
+}
+
+/// A recorder and the poster behind it.
+pub fn channel(client: kube::Client, node: String) -> (Recorder, Poster) {
+    let (sender, queue) = mpsc::channel(QUEUE);
+    (Recorder { queue: sender }, Poster { client, node, queue, known: HashMap::new(), budgets: HashMap::new() })
+}
+
+/// Reference to a pod, or to one of its containers.
+pub fn pod_reference(pod: &k8s_openapi::api::core::v1::Pod, field: Option<String>) -> ObjectReference {
+    ObjectReference {
+        api_version: Some("v1".into()),
+        kind: Some("Pod".into()),
+        name: pod.metadata.name.clone(),
+        namespace: pod.metadata.namespace.clone(),
+        uid: pod.metadata.uid.clone(),
+        resource_version: pod.metadata.resource_version.clone(),
+        field_path: field,
+    }
+}
+
+impl Recorder {
+    /// Takes an event to be posted soon.
+    pub fn record(&self, object: ObjectReference, severity: Severity, reason: &'static str, message: impl Into<String>) {
+        let mut message: String = message.into();
+        if let Some((cut, _)) = message.char_indices().nth(MAX_MESSAGE) {
+            message.truncate(cut);
+        }
+        let entry = Entry { object, severity, reason, message, at: Timestamp::now() };
+        // A full queue means that the API server does not keep up: events are the first to go.
+        if self.queue.try_send(entry).is_err() {
+            tracing::debug!(reason, "an event was dropped: the queue is full");
+        }
+    }
+}
+
+impl Poster {
+    /// Posts until every recorder is gone or `stop` changes to `true`.
+    pub async fn run(mut self, mut stop: watch::Receiver<bool>) {
+        loop {
+            // Both arms are cancel-safe: a receive that is not finished takes nothing.
+            let entry = tokio::select! {
+                entry = self.queue.recv() => entry,
+                _ = stop.wait_for(|stop| *stop) => None,
+            };
+            let Some(entry) = entry else { return };
+            if self.within_budget(&entry) {
+                self.post(entry).await;
+            }
+        }
+    }
+
+    fn within_budget(&mut self, entry: &Entry) -> bool {
+        if self.budgets.len() > REMEMBERED {
+            self.budgets.clear();
+        }
+        let name = format!("{:?}/{:?}", entry.object.uid, entry.object.name);
+        let (left, since) = self.budgets.entry(name).or_insert((BURST, entry.at));
+        let refill = entry.at.duration_since(*since).as_secs_f64() / REFILL_SECONDS;
+        *left = (*left + refill).min(BURST);
+        *since = entry.at;
+        if *left < 1.0 {
+            return false;
+        }
+        *left -= 1.0;
+        true
+    }
+
+    async fn post(&mut self, entry: Entry) {
+        if self.known.len() > REMEMBERED {
+            self.known.clear();
+        }
+        let object = &entry.object;
+        let same = format!("{:?}/{:?}/{:?}/{}/{}", object.uid, object.name, object.field_path, entry.reason, entry.message);
+        let namespace = object.namespace.clone().unwrap_or_else(|| "default".into());
+        let api: Api<Event> = Api::namespaced(self.client.clone(), &namespace);
+        if let Some(known) = self.known.get_mut(&same).filter(|k| entry.at.duration_since(k.last) < SAME) {
+            known.count += 1;
+            known.last = entry.at;
+            let patch = serde_json::json!({"count": known.count, "lastTimestamp": Time(entry.at), "message": entry.message});
+            let params = PatchParams::default();
+            let patch = Patch::Merge(&patch);
+            let done = tokio::time::timeout(REQUEST, api.patch(&known.name, &params, &patch)).await;
+            if matches!(done, Ok(Ok(_))) {
+                return;
+            }
+            // The event has run out on the server, or the server is away: try as a new one.
+            self.known.remove(&same);
+        }
+        let name = format!("{}.{:x}", object.name.as_deref().unwrap_or("node"), entry.at.as_nanosecond());
+        let event = self.event(&entry, &name, &namespace);
+        match tokio::time::timeout(REQUEST, api.create(&PostParams::default(), &event)).await {
+            Ok(Ok(_)) => {
+                self.known.insert(same, Known { name, count: 1, last: entry.at });
+            }
+            Ok(Err(error)) => tracing::debug!(reason = entry.reason, %error, "cannot post an event"),
+            Err(_) => tracing::debug!(reason = entry.reason, "cannot post an event in time"),
+        }
+    }
+
+    fn event(&self, entry: &Entry, name: &str, namespace: &str) -> Event {
+        Event {
+            metadata: ObjectMeta {
+                name: Some(name.to_owned()),
+                namespace: Some(namespace.to_owned()),
+                ..Default::default()
+            },
+            involved_object: entry.object.clone(),
+            type_: Some(format!("{:?}", entry.severity)),
+            reason: Some(entry.reason.to_owned()),
+            message: Some(entry.message.clone()),
+            first_timestamp: Some(Time(entry.at)),
+            last_timestamp: Some(Time(entry.at)),
+            event_time: None::<MicroTime>,
+            count: Some(1),
+            source: Some(EventSource { component: Some("atoll-agent".into()), host: Some(self.node.clone()) }),
+            reporting_component: Some("atoll-agent".into()),
+            reporting_instance: Some(self.node.clone()),
+            ..Default::default()
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! Removes what belongs to no pod any more: sandboxes, volume directories, log directories.
+//!
+//! Invariant: nothing is touched before the API server's list of pods was complete, for until then every pod looks
+//! like an orphan. The runtime and the disk are looked at first and the known pods after, so that a pod that has
+//! just come is never taken for one that has gone.
+
+use super::actual::POD_UID;
+use super::context::Context;
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+
+const EVERY: Duration = Duration::from_secs(60);
+const ORPHAN_GRACE: Duration = Duration::from_secs(10);
+
+type Known = watch::Receiver<Option<BTreeSet<String>>>;
+
+/// Cleans up until `stop` changes to `true`.
+pub async fn run(ctx: Arc<Context>, mut known: Known, mut stop: watch::Receiver<bool>) {
+    let work = async {
+        loop {
+            if known.wait_for(Option::is_some).await.is_err() {
+                return;
+            }
+            if let Err(error) = sandboxes(&ctx, &known).await {
+                tracing::warn!(%error, "cannot clean up sandboxes");
+            }
+            directories(&ctx, &known);
+            tokio::time::sleep(EVERY).await;
+        }
+    };
+    // Both may be dropped at any point: the next start cleans up again.
+    tokio::select! {
+        () = work => {}
+        _ = stop.wait_for(|stop| *stop) => {}
+    }
+}
+
+fn is_known(known: &Known, uid: &str) -> bool {
+    known.borrow().as_ref().is_none_or(|uids| uids.contains(uid))
+}
+
+async fn sandboxes(ctx: &Context, known: &Known) -> crate::cri::Result<()> {
+    let containers = ctx.cri.containers(None).await?;
+    for sandbox in ctx.cri.sandboxes(None).await? {
+        let Some(uid) = sandbox.labels.get(POD_UID) else { continue };
+        if is_known(known, uid) {
+            continue;
+        }
+        tracing::info!(sandbox = sandbox.id, uid, "removing a sandbox of a pod that is gone");
+        for container in containers.iter().filter(|c| c.pod_sandbox_id == sandbox.id) {
+            ctx.cri.stop_container(&container.id, ORPHAN_GRACE).await?;
+            ctx.cri.remove_container(&container.id).await?;
+        }
+        ctx.cri.stop_sandbox(&sandbox.id).await?;
+        ctx.cri.remove_sandbox(&sandbox.id).await?;
+    }
+    Ok(())
+}
+
+fn directories(ctx: &Context, known: &Known) {
+    let pods = names(&ctx.dirs.pods).into_iter().map(|name| (name.clone(), name));
+    let logs = names(&ctx.dirs.logs).into_iter().filter_map(|name| {
+        let uid = name.rsplit('_').next()?.to_owned();
+        Some((name, uid))
+    });
+    let all = pods.map(|p| (&ctx.dirs.pods, p)).chain(logs.map(|l| (&ctx.dirs.logs, l)));
+    for (parent, (name, uid)) in all.collect::<Vec<_>>() {
+        if is_known(known, &uid) || !looks_like_uid(&uid) {
+            continue;
+        }
+        let path = parent.join(name);
+        if let Err(error) = std::fs::remove_dir_all(&path) {
+            tracing::warn!(path = %path.display(), %error, "cannot remove a directory of a pod that is gone");
+        }
+    }
+}
+
+fn names(directory: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+}
+
+/// A guard against a wrong directory in the flags.
+fn looks_like_uid(name: &str) -> bool {
+    name.len() == 36 && name.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-')
+}

@@ -1,0 +1,99 @@
+//! Whether a pod is to run or to end, and why ◇.
+
+use super::actual::Actual;
+use super::desired::Desired;
+use super::plan::{self, Verdict};
+use super::refuse::Refusal;
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::PodStatus;
+use std::time::Duration;
+
+/// A pod's fate.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fate {
+    /// To run.
+    Run,
+    /// To end.
+    End {
+        /// Time its containers get.
+        grace: Duration,
+        /// Nothing of it is kept.
+        remove: bool,
+        /// Reason and message, when the node ends it.
+        failed: Option<(&'static str, String)>,
+    },
+}
+
+impl Fate {
+    /// Reason and message, when the node ends the pod.
+    pub fn failed(&self) -> Option<(&'static str, &str)> {
+        match self {
+            Self::End { failed: Some((reason, message)), .. } => Some((reason, message)),
+            _ => None,
+        }
+    }
+}
+
+/// Decides. `removed`: the API server does not have the pod any more.
+pub fn decide(
+    desired: &Desired,
+    actual: &Actual,
+    removed: bool,
+    refusal: Option<Refusal>,
+    status: &PodStatus,
+    now: Timestamp,
+) -> Fate {
+    if removed || desired.deleted.is_some() {
+        return Fate::End { grace: desired.deleted.unwrap_or(desired.grace), remove: true, failed: None };
+    }
+    let end = |failed| Fate::End { grace: desired.grace, remove: false, failed };
+    if desired.terminal_phase().is_some() {
+        return end(None);
+    }
+    if let Some(refusal) = refusal {
+        return end(Some((refusal.reason, refusal.message)));
+    }
+    let started = status.start_time.as_ref().map(|t| t.0);
+    if let (Some(limit), Some(started)) = (desired.active_deadline, started) {
+        if now >= started + limit {
+            let message = "Pod was active on the node longer than the specified deadline".to_owned();
+            return end(Some(("DeadlineExceeded", message)));
+        }
+    }
+    match plan::verdict(desired, actual) {
+        Verdict::Over => end(None),
+        Verdict::Active => Fate::Run,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pods::actual::State;
+    use crate::pods::testing::{actual, pod_with, ran};
+
+    fn fate(metadata: &str, spec: &str, status: &str, seen: &Actual) -> Fate {
+        let metadata = format!("{{namespace: ns, name: p, uid: u, {metadata}}}");
+        let desired = pod_with(&metadata, spec, status);
+        let status = desired.pod.status.clone().unwrap_or_default();
+        decide(&desired, seen, false, None, &status, Timestamp::from_second(1_000).unwrap())
+    }
+
+    #[test]
+    fn fates() {
+        let spec = "{restartPolicy: Never, activeDeadlineSeconds: 100, containers: [{name: a, image: i}]}";
+        let started = |second: &str| format!("{{startTime: '1970-01-01T00:{second}Z'}}");
+        let running = actual(vec![ran("a", 0, State::Running, 0)]);
+        assert_eq!(fate("", spec, &started("15:30"), &running), Fate::Run);
+        let late = fate("", spec, &started("15:00"), &running);
+        assert_eq!(late.failed().unwrap().0, "DeadlineExceeded");
+        let done = actual(vec![ran("a", 0, State::Exited, 0)]);
+        let over = Fate::End { grace: Duration::from_secs(30), remove: false, failed: None };
+        assert_eq!(fate("", spec, &started("15:30"), &done), over);
+        // What the API server has as finished is never run again.
+        assert_eq!(fate("", spec, "{phase: Succeeded}", &Actual::default()), over);
+        let deleted = "deletionTimestamp: '1970-01-01T00:16:00Z', deletionGracePeriodSeconds: 3";
+        let gone = Fate::End { grace: Duration::from_secs(3), remove: true, failed: None };
+        assert_eq!(fate(deleted, spec, &started("15:30"), &running), gone);
+    }
+}

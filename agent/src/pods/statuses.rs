@@ -1,0 +1,260 @@
+//! The only writer of pod statuses, and the only one that deletes pods.
+//!
+//! ```text
+//! worker ──set(status)──► newest version of each pod ──patch──► API server
+//!                                     └─ finished: patch accepted ──► DELETE grace=0 with the uid
+//! ```
+//!
+//! Invariants: of one pod at most one request is under way; an older version never follows a newer; a failure is
+//! tried again for ever, with back-off; a pod is deleted only after its last status was accepted. Finalizers are
+//! nobody's business here.
+
+use super::desired::PodKey;
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{Pod, PodStatus};
+use kube::api::{Api, DeleteParams, Patch, PatchParams, Preconditions};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinSet;
+
+/// Requests at a time.
+const PARALLEL: usize = 8;
+const REQUEST: Duration = Duration::from_secs(15);
+const FIRST_WAIT: Duration = Duration::from_millis(500);
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
+
+struct Entry {
+    key: PodKey,
+    pod: Arc<Pod>,
+    version: u64,
+    posted: u64,
+    finished: bool,
+    deleted: bool,
+    under_way: bool,
+    wait: Duration,
+    not_before: Timestamp,
+}
+
+impl Entry {
+    fn due(&self, now: Timestamp) -> bool {
+        let work = self.version > self.posted || (self.finished && !self.deleted);
+        work && !self.under_way && self.not_before <= now
+    }
+}
+
+#[derive(Default)]
+struct State {
+    entries: BTreeMap<String, Entry>,
+}
+
+/// Takes statuses; cheap to clone.
+#[derive(Clone)]
+pub struct Statuses {
+    client: kube::Client,
+    state: Arc<Mutex<State>>,
+    wake: Arc<Notify>,
+    shown: watch::Sender<Vec<Arc<Pod>>>,
+}
+
+enum Posted {
+    Accepted,
+    Deleted,
+    /// The pod, or this uid of it, is not there any more.
+    Gone,
+    Failed(String),
+}
+
+impl Statuses {
+    /// Writes through `client`; `shown` always holds every pod with its newest status.
+    pub fn new(client: kube::Client, shown: watch::Sender<Vec<Arc<Pod>>>) -> Self {
+        Self { client, state: Arc::default(), wake: Arc::default(), shown }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a pod's newest status. `finished`: nothing of it is left, delete it.
+    pub fn set(&self, key: &PodKey, pod: &Arc<Pod>, status: PodStatus, finished: bool) {
+        let mut state = self.lock();
+        let entry = state.entries.entry(key.uid.clone()).or_insert_with(|| Entry {
+            key: key.clone(),
+            pod: pod.clone(),
+            version: 0,
+            posted: 0,
+            finished: false,
+            deleted: false,
+            under_way: false,
+            wait: FIRST_WAIT,
+            not_before: Timestamp::UNIX_EPOCH,
+        });
+        entry.finished |= finished;
+        let changed = entry.pod.status.as_ref() != Some(&status);
+        if changed || entry.pod.metadata.resource_version != pod.metadata.resource_version {
+            entry.pod = Arc::new(Pod { status: Some(status), ..Pod::clone(pod) });
+            entry.version += u64::from(changed);
+        }
+        let all: Vec<_> = state.entries.values().map(|e| e.pod.clone()).collect();
+        drop(state);
+        self.shown.send_replace(all);
+        self.wake.notify_one();
+    }
+
+    /// Forgets a pod that the API server does not have any more.
+    pub fn forget(&self, uid: &str) {
+        let mut state = self.lock();
+        state.entries.remove(uid);
+        let all: Vec<_> = state.entries.values().map(|e| e.pod.clone()).collect();
+        drop(state);
+        self.shown.send_replace(all);
+    }
+
+    /// Writes until `stop` changes to `true`, and then what is left for at most a few seconds.
+    pub async fn run(&self, mut stop: watch::Receiver<bool>) {
+        let mut requests = JoinSet::new();
+        loop {
+            let next = self.start_due(&mut requests);
+            let wait = next.map_or(LONGEST_WAIT, |n| Duration::try_from(n.duration_since(Timestamp::now())).unwrap_or_default());
+            // Every arm is cancel-safe: none of them has taken anything when another one wins.
+            tokio::select! {
+                Some(done) = requests.join_next() => {
+                    if let Ok((uid, version, posted)) = done {
+                        self.note(&uid, version, posted);
+                    }
+                }
+                () = self.wake.notified() => {}
+                () = tokio::time::sleep(wait) => {}
+                _ = stop.wait_for(|stop| *stop) => break,
+            }
+        }
+        self.start_due(&mut requests);
+        // What was not written by then is computed and written again by the next start.
+        let _ = tokio::time::timeout(Duration::from_secs(3), async { while requests.join_next().await.is_some() {} }).await;
+    }
+
+    /// Starts what is due; answers when the next one is.
+    fn start_due(&self, requests: &mut JoinSet<(String, u64, Posted)>) -> Option<Timestamp> {
+        let now = Timestamp::now();
+        let mut state = self.lock();
+        for (uid, entry) in &mut state.entries {
+            if requests.len() >= PARALLEL {
+                break;
+            }
+            if !entry.due(now) {
+                continue;
+            }
+            entry.under_way = true;
+            let (client, key, pod, version) = (self.client.clone(), entry.key.clone(), entry.pod.clone(), entry.version);
+            let (uid, patch, delete) = (uid.clone(), entry.version > entry.posted, entry.finished);
+            requests.spawn(async move {
+                let post = post(client, &key, &pod, patch, delete);
+                let posted = tokio::time::timeout(REQUEST, post).await;
+                (uid, version, posted.unwrap_or_else(|_| Posted::Failed("no answer".into())))
+            });
+        }
+        let waiting = state.entries.values().filter(|e| !e.under_way && (e.version > e.posted || (e.finished && !e.deleted)));
+        waiting.map(|e| e.not_before).min()
+    }
+
+    fn note(&self, uid: &str, version: u64, posted: Posted) {
+        let mut state = self.lock();
+        let Some(entry) = state.entries.get_mut(uid) else { return };
+        entry.under_way = false;
+        match posted {
+            Posted::Accepted | Posted::Deleted | Posted::Gone => {
+                entry.posted = version;
+                entry.wait = FIRST_WAIT;
+                entry.not_before = Timestamp::UNIX_EPOCH;
+                entry.deleted |= !matches!(posted, Posted::Accepted);
+            }
+            Posted::Failed(why) => {
+                tracing::warn!(pod = %entry.key, why, "cannot write the pod's status; trying again");
+                entry.not_before = Timestamp::now() + entry.wait;
+                entry.wait = (entry.wait * 2).min(LONGEST_WAIT);
+            }
+        }
+    }
+}
+
+async fn post(client: kube::Client, key: &PodKey, pod: &Pod, patch: bool, delete: bool) -> Posted {
+    let api: Api<Pod> = Api::namespaced(client, &key.namespace);
+    if patch {
+        let body = patch_body(&key.uid, pod.status.as_ref());
+        match api.patch_status(&key.name, &PatchParams::default(), &Patch::Strategic(body)).await {
+            Ok(_) => {}
+            Err(kube::Error::Api(status)) if matches!(status.code, 404) || is_other_uid(&status.message) => {
+                return Posted::Gone;
+            }
+            Err(error) => return Posted::Failed(crate::volumes::objects::short(&error)),
+        }
+    }
+    if !delete {
+        return Posted::Accepted;
+    }
+    let preconditions = Preconditions { uid: Some(key.uid.clone()), resource_version: None };
+    let params = DeleteParams { grace_period_seconds: Some(0), preconditions: Some(preconditions), ..Default::default() };
+    match api.delete(&key.name, &params).await {
+        Ok(_) => Posted::Deleted,
+        // 409: the name belongs to another pod now.
+        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Posted::Gone,
+        Err(error) => Posted::Failed(crate::volumes::objects::short(&error)),
+    }
+}
+
+fn is_other_uid(message: &str) -> bool {
+    message.contains("uid mismatch") || message.contains("metadata.uid") || message.contains("Precondition failed: UID")
+}
+
+/// The patch: absent fields are removed, lists that the API merges by key are replaced, other writers' conditions
+/// stay.
+fn patch_body(uid: &str, status: Option<&PodStatus>) -> Value {
+    let mut body = serde_json::to_value(status).unwrap_or_default();
+    if let Some(fields) = body.as_object_mut() {
+        for absent in ["reason", "message", "initContainerStatuses", "podIP", "podIPs"] {
+            fields.entry(absent).or_insert(Value::Null);
+        }
+        for list in ["podIPs", "hostIPs"] {
+            if let Some(Value::Array(items)) = fields.get_mut(list) {
+                items.insert(0, json!({"$patch": "replace"}));
+            }
+        }
+        if let Some(Value::Array(conditions)) = fields.get_mut("conditions") {
+            conditions.retain(|c| c["type"].as_str().is_some_and(|t| super::conditions::OWNED.contains(&t)));
+            for condition in conditions {
+                if let Some(fields) = condition.as_object_mut() {
+                    for absent in ["reason", "message"] {
+                        fields.entry(absent).or_insert(Value::Null);
+                    }
+                }
+            }
+        }
+    }
+    json!({"metadata": {"uid": uid}, "status": body})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use k8s_openapi::api::core::v1::{PodCondition, PodIP};
+
+    #[test]
+    fn a_patch_says_what_is_gone_and_leaves_others_alone() {
+        let condition = |name: &str| PodCondition { type_: name.into(), status: "True".into(), ..Default::default() };
+        let status = PodStatus {
+            phase: Some("Running".into()),
+            pod_ips: Some(vec![PodIP { ip: "10.0.0.2".into() }]),
+            conditions: Some(vec![condition("Ready"), condition("example.com/gate")]),
+            ..Default::default()
+        };
+        let body = patch_body("u", Some(&status));
+        assert_eq!(body["metadata"]["uid"], "u");
+        assert_eq!(body["status"]["reason"], Value::Null);
+        assert_eq!(body["status"]["podIPs"], json!([{"$patch": "replace"}, {"ip": "10.0.0.2"}]));
+        let conditions = body["status"]["conditions"].as_array().unwrap();
+        assert_eq!(conditions.len(), 1);
+        assert_eq!(conditions[0]["message"], Value::Null);
+    }
+}

@@ -1,0 +1,445 @@
+//! One pod's life: a task that looks, plans, acts, and says what is.
+//!
+//! ```text
+//!        ┌────────────► look at the runtime ─► decide its fate ─► plan ─► actions (own tasks) ─► status ─┐
+//!        │                                                                                             │
+//!        └── woken by: the pod changed · the runtime changed · an action ended · a probe · the clock ◄──┘
+//! ```
+//!
+//! Started by `dispatch`, one for each uid. Invariants: the worker itself waits for nothing but its wake-ups, so a
+//! slow pull or hook never delays a deletion; what is under way on a target is in `memory.busy`; once ending, a pod
+//! never runs again.
+
+use super::actual::{Actual, Ran};
+use super::context::Context;
+use super::desired::Desired;
+use super::fate::{self, Fate};
+use super::observe::Observer;
+use super::plan::{self, Action, Memory, Plan, Stop, Target, Waiting};
+use super::start::{self, Start, StartError};
+use super::status::{self, Inputs};
+use super::{dispatch::Mailbox, refuse};
+use crate::events::{Severity, pod_reference};
+use crate::probes::Probers;
+use crate::volumes::Volumes;
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1 as api;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::task::{AbortHandle, JoinSet};
+
+/// Looks at the runtime this often though nothing happened, and brings volumes up to date.
+const RESYNC: Duration = Duration::from_secs(60);
+/// Waits between failed looks and failed actions.
+const RETRY: Duration = Duration::from_secs(3);
+/// Waits between failed sandboxes, doubled each time.
+const SANDBOX_WAIT: Duration = Duration::from_secs(2);
+const SANDBOX_LONGEST: Duration = Duration::from_secs(60);
+
+/// What came of an action.
+enum Done {
+    Sandbox(Result<(), (&'static str, String)>),
+    Start { name: String, result: Result<(), StartError> },
+    Other(Result<(), String>),
+    Refreshed,
+}
+
+struct Running {
+    target: Target,
+    task: AbortHandle,
+    deadline: Option<Timestamp>,
+    since: Timestamp,
+}
+
+/// The task.
+pub struct Worker {
+    ctx: Arc<Context>,
+    mail: Arc<Mailbox>,
+    desired: Arc<Desired>,
+    removed: bool,
+    observer: Observer,
+    memory: Memory,
+    probers: Probers,
+    tasks: JoinSet<Done>,
+    running: HashMap<tokio::task::Id, Running>,
+    failures: BTreeMap<String, StartError>,
+    hooked: HashSet<String>,
+    ending: Option<Stop>,
+    failed: Option<(String, String)>,
+    status: api::PodStatus,
+    sandbox_wait: Duration,
+    refreshed: Timestamp,
+    refreshing: bool,
+    finished: bool,
+    /// Targets on which something failed a moment ago; until then they count as busy.
+    cooling: Vec<(Target, Timestamp)>,
+    /// The pod's files could not be removed: not again before this time.
+    teardown_at: Option<Timestamp>,
+}
+
+impl Worker {
+    /// A worker for a pod as first seen.
+    pub fn new(ctx: Arc<Context>, mail: Arc<Mailbox>, desired: Arc<Desired>) -> Self {
+        let probers = Probers::new(ctx.cri.clone(), ctx.events.clone(), mail.wake.clone());
+        let status = desired.pod.status.clone().unwrap_or_default();
+        Self {
+            ctx,
+            mail,
+            desired,
+            removed: false,
+            observer: Observer::default(),
+            memory: Memory::default(),
+            probers,
+            tasks: JoinSet::new(),
+            running: HashMap::new(),
+            failures: BTreeMap::new(),
+            hooked: HashSet::new(),
+            ending: None,
+            failed: None,
+            status,
+            sandbox_wait: SANDBOX_WAIT,
+            refreshed: Timestamp::now(),
+            refreshing: false,
+            finished: false,
+            cooling: Vec::new(),
+            teardown_at: None,
+        }
+    }
+
+    /// Runs until the pod is gone from the API server and from this node. Dropping it stops nothing that runs.
+    pub async fn run(mut self) {
+        loop {
+            self.read_mail();
+            if self.finished && self.removed {
+                self.ctx.statuses.forget(&self.desired.key.uid);
+                return;
+            }
+            let next = if self.finished { None } else { self.step().await };
+            let wait = next.map_or(RESYNC, |at| Duration::try_from(at.duration_since(Timestamp::now())).unwrap_or_default());
+            // Every arm is cancel-safe: a wake-up that is not taken stays.
+            tokio::select! {
+                () = self.mail.wake.notified() => {}
+                Some(done) = self.tasks.join_next_with_id() => self.note(done),
+                () = tokio::time::sleep(wait.min(RESYNC)) => {}
+            }
+        }
+    }
+
+    fn read_mail(&mut self) {
+        let (newest, removed) = self.mail.read();
+        self.removed |= removed;
+        if let Some(desired) = newest {
+            self.desired = desired;
+        }
+    }
+
+    /// One round; answers when the next one is due at the latest.
+    async fn step(&mut self) -> Option<Timestamp> {
+        let now = Timestamp::now();
+        self.cool_down(now);
+        let uid = self.desired.key.uid.clone();
+        let mut actual = match self.observer.look(&self.ctx.cri, &uid).await {
+            Ok(actual) => actual,
+            Err(error) => {
+                tracing::warn!(pod = %self.desired.key, %error, "cannot see what runs");
+                return Some(now + RETRY);
+            }
+        };
+        status::remember(&mut actual, &self.desired, &self.status);
+        self.decide(&actual, now);
+        self.watch_probes(&actual);
+        self.memory.probed = self.probers.results();
+        let plan = match &self.ending {
+            Some(stop) => {
+                let stop = stop.clone();
+                self.shorten(&stop);
+                plan::stop(&self.desired, &actual, &self.memory, &stop, now)
+            }
+            None => plan::run(&self.desired, &actual, &self.memory, now),
+        };
+        for action in plan.actions.clone() {
+            self.act(action, &actual, now);
+        }
+        self.refresh(&actual, now);
+        self.publish(&actual, &plan, now).await;
+        let cooled = self.cooling.iter().map(|(_, until)| *until).min();
+        [plan.wake, self.deadline_at(), cooled, self.teardown_at].into_iter().flatten().min()
+    }
+
+    fn cool_down(&mut self, now: Timestamp) {
+        let Self { cooling, memory, .. } = self;
+        cooling.retain(|(target, until)| {
+            let stays = *until > now;
+            if !stays {
+                memory.busy.remove(target);
+            }
+            stays
+        });
+    }
+
+    /// Whether the pod is to run or to end. What was decided stays; an end may only come sooner.
+    fn decide(&mut self, actual: &Actual, now: Timestamp) {
+        let first = actual.sandboxes.is_empty() && actual.containers.is_empty() && self.running.is_empty();
+        let refusal = if first && self.ending.is_none() { refuse::check(&self.desired.pod) } else { None };
+        let fate = fate::decide(&self.desired, actual, self.removed, refusal, &self.status, now);
+        if let Some((reason, message)) = fate.failed() {
+            if self.failed.is_none() && self.ending.is_none() {
+                let object = pod_reference(&self.desired.pod, None);
+                self.ctx.events.record(object, Severity::Warning, reason, message.to_owned());
+                self.failed = Some((reason.to_owned(), message.to_owned()));
+            }
+        }
+        let (grace, remove) = match &fate {
+            Fate::Run => return,
+            Fate::End { grace, remove, .. } => (*grace, *remove),
+        };
+        let deadline = now + grace;
+        match &mut self.ending {
+            Some(stop) => {
+                // The grace counts from when the end began; only a shorter wish changes it.
+                stop.remove |= remove;
+                if remove && deadline < stop.deadline {
+                    stop.deadline = deadline;
+                }
+            }
+            None => {
+                self.probers.ending();
+                self.ending = Some(Stop { why: String::new(), deadline, remove });
+                self.give_up_starts();
+            }
+        }
+    }
+
+    /// A pod that ends needs no container that is still being brought up.
+    fn give_up_starts(&mut self) {
+        for running in self.running.values().filter(|r| matches!(r.target, Target::Start(_))) {
+            running.task.abort();
+        }
+    }
+
+    /// Stops that were given more time than is left now are asked for again.
+    fn shorten(&mut self, stop: &Stop) {
+        let late = |r: &&Running| r.deadline.is_some_and(|d| d > stop.deadline + Duration::from_secs(1));
+        for running in self.running.values().filter(late) {
+            running.task.abort();
+        }
+    }
+
+    fn watch_probes(&mut self, actual: &Actual) {
+        let sandbox = actual.sandbox();
+        let ip = sandbox.and_then(|s| s.ips.first()).map(String::as_str);
+        let settled = |ran: &&Ran| {
+            sandbox.is_some_and(|s| s.id == ran.sandbox) && !self.memory.busy.contains(&Target::Start(ran.name.clone()))
+        };
+        let containers: Vec<_> = actual.running().filter(settled).collect();
+        let old = &self.status;
+        let before = |ran: &Ran| {
+            let was = status::old_status(old, &ran.name)?;
+            let same = was.container_id.as_ref().is_some_and(|id| id.ends_with(&ran.id));
+            same.then(|| (was.started == Some(true), was.ready))
+        };
+        self.probers.watch(&self.desired, &containers, ip, before);
+    }
+
+    fn act(&mut self, action: Action, actual: &Actual, now: Timestamp) {
+        let target = action.target();
+        tracing::debug!(pod = %self.desired.key, ?action, "doing");
+        let (ctx, desired) = (self.ctx.clone(), self.desired.clone());
+        let mut deadline = None;
+        let task = match action {
+            Action::CreateSandbox { attempt } => {
+                if attempt > 0 {
+                    let message = "Pod sandbox changed, it will be killed and re-created.";
+                    let object = pod_reference(&desired.pod, None);
+                    ctx.events.record(object, Severity::Normal, "SandboxChanged", message);
+                }
+                self.tasks.spawn(async move { Done::Sandbox(start::sandbox(&ctx, &desired, attempt).await) })
+            }
+            Action::Start { name, restarts, sandbox } => {
+                if let Some(ran) = actual.current(&name) {
+                    self.memory.crashes.tried(&name, ran.ended(), now);
+                }
+                let found = actual.sandbox();
+                let order = Start {
+                    name: name.clone(),
+                    restarts,
+                    sandbox,
+                    sandbox_attempt: found.map_or(0, |s| s.attempt),
+                    ips: found.map(|s| s.ips.clone()).unwrap_or_default(),
+                };
+                self.tasks.spawn(async move {
+                    Done::Start { name, result: start::container(&ctx, &desired, &order).await }
+                })
+            }
+            Action::Kill { id, name, why, grace } => {
+                deadline = Some(now + grace);
+                let with_hook = self.hooked.insert(id.clone());
+                let ip = actual.sandboxes.first().and_then(|s| s.ips.first()).cloned().unwrap_or_default();
+                self.tasks.spawn(async move {
+                    let stop = start::stop_container(&ctx, &desired, &id, &name, &why, grace, with_hook, &ip);
+                    Done::Other(stop.await)
+                })
+            }
+            Action::StopSandbox { id } => self.tasks.spawn(async move {
+                Done::Other(ctx.cri.stop_sandbox(&id).await.map_err(|e| e.to_string()))
+            }),
+            Action::RemoveContainer { id } => self.tasks.spawn(async move {
+                Done::Other(ctx.cri.remove_container(&id).await.map_err(|e| e.to_string()))
+            }),
+            Action::RemoveSandbox { id } => self.tasks.spawn(async move {
+                Done::Other(ctx.cri.remove_sandbox(&id).await.map_err(|e| e.to_string()))
+            }),
+        };
+        self.memory.busy.insert(target.clone());
+        self.running.insert(task.id(), Running { target, task, deadline, since: now });
+    }
+
+    fn note(&mut self, done: Result<(tokio::task::Id, Done), tokio::task::JoinError>) {
+        let id = match &done {
+            Ok((id, _)) => *id,
+            Err(error) => error.id(),
+        };
+        let now = Timestamp::now();
+        if let Some(running) = self.running.remove(&id) {
+            if matches!(done, Ok((_, Done::Other(Err(_))))) {
+                self.cooling.push((running.target, now + RETRY));
+            } else {
+                self.memory.busy.remove(&running.target);
+            }
+        }
+        match done {
+            Ok((_, Done::Sandbox(result))) => self.note_sandbox(result, now),
+            Ok((_, Done::Start { name, result: Ok(()) })) => {
+                self.failures.remove(&name);
+                self.memory.not_before.remove(&name);
+            }
+            Ok((_, Done::Start { name, result: Err(error) })) => {
+                tracing::info!(pod = %self.desired.key, container = name, error.reason, error.message, "not started");
+                self.memory.not_before.insert(name.clone(), error.again);
+                self.failures.insert(name, error);
+            }
+            Ok((_, Done::Other(Err(why)))) => {
+                tracing::warn!(pod = %self.desired.key, why, "trying again");
+            }
+            Ok((_, Done::Refreshed)) => self.refreshing = false,
+            Ok((_, Done::Other(Ok(())))) => {}
+            Err(error) if error.is_cancelled() => {}
+            Err(error) => tracing::error!(pod = %self.desired.key, %error, "an action ended by itself"),
+        }
+    }
+
+    fn note_sandbox(&mut self, result: Result<(), (&'static str, String)>, now: Timestamp) {
+        match result {
+            Ok(()) => {
+                self.sandbox_wait = SANDBOX_WAIT;
+                self.memory.sandbox_not_before = None;
+            }
+            Err((reason, message)) => {
+                tracing::info!(pod = %self.desired.key, reason, message, "no sandbox");
+                self.ctx.events.record(pod_reference(&self.desired.pod, None), Severity::Warning, reason, message);
+                self.memory.sandbox_not_before = Some(now + self.sandbox_wait);
+                self.sandbox_wait = (self.sandbox_wait * 2).min(SANDBOX_LONGEST);
+            }
+        }
+    }
+
+    /// Brings the content of volumes up to date now and then.
+    fn refresh(&mut self, actual: &Actual, now: Timestamp) {
+        let due = now.duration_since(self.refreshed).unsigned_abs() >= RESYNC;
+        if !due || self.refreshing || self.ending.is_some() || !Volumes::changes(&self.desired) {
+            return;
+        }
+        let Some(sandbox) = actual.sandbox() else { return };
+        self.refreshed = now;
+        self.refreshing = true;
+        let (ctx, desired, ips) = (self.ctx.clone(), self.desired.clone(), sandbox.ips.clone());
+        self.tasks.spawn(async move {
+            let facts = ctx.facts(&desired, &ips);
+            if let Err(error) = ctx.volumes.prepare(&desired, &facts).await {
+                let object = pod_reference(&desired.pod, None);
+                ctx.events.record(object, Severity::Warning, "FailedMount", error.to_string());
+            }
+            Done::Refreshed
+        });
+    }
+
+    async fn publish(&mut self, actual: &Actual, plan: &Plan, now: Timestamp) {
+        let mut waiting: BTreeMap<String, Waiting> = BTreeMap::new();
+        for (name, error) in &self.failures {
+            waiting.insert(name.clone(), Waiting { reason: error.reason.to_owned(), message: error.message.clone() });
+        }
+        waiting.extend(plan.waiting.clone());
+        self.say_back_off(plan);
+        let starting = self.running.values().find_map(|r| match &r.target {
+            Target::Start(name) => Some((name.clone(), r.since)),
+            _ => None,
+        });
+        let since = starting.as_ref().map_or(0, |(_, since)| i64::try_from(since.as_nanosecond()).unwrap_or(0));
+        let seen = actual.without_starting(starting.as_ref().map(|(name, _)| name.as_str()), since);
+        if self.ending.is_some() {
+            waiting.clear();
+        }
+        let probed = self.probers.results();
+        let inputs = Inputs {
+            desired: &self.desired,
+            actual: &seen,
+            waiting: &waiting,
+            probed: &probed,
+            old: &self.status,
+            ending: self.ending.is_some(),
+            stopped: plan.stopped,
+            failed: self.failed.as_ref().map(|(r, m)| (r.as_str(), m.as_str())),
+            runtime: &self.ctx.runtime,
+            host_ips: &self.ctx.host_ips(),
+            now,
+        };
+        self.status = status::compute(&inputs);
+        let remove = self.ending.as_ref().is_some_and(|s| s.remove);
+        let due = self.teardown_at.is_none_or(|at| at <= now);
+        let finished = remove && plan.gone && due && self.teardown().await;
+        self.teardown_at = (remove && plan.gone && !finished).then(|| now + RETRY);
+        if !self.removed {
+            self.ctx.statuses.set(&self.desired.key, &self.desired.pod, self.status.clone(), finished);
+        }
+        self.finished = finished;
+        if finished {
+            self.mail.wake.notify_one();
+        }
+    }
+
+    fn say_back_off(&self, plan: &Plan) {
+        for name in plan.waiting.keys() {
+            let shown = status::old_status(&self.status, name).and_then(|s| s.state.as_ref()).and_then(|s| s.waiting.as_ref());
+            if shown.is_some_and(|w| w.reason.as_deref() == Some("CrashLoopBackOff")) {
+                continue;
+            }
+            let message = format!("Back-off restarting failed container {name} in pod {}", self.desired.key.long());
+            let field = self.desired.container(name).map(super::desired::Container::field);
+            self.ctx.events.record(pod_reference(&self.desired.pod, field), Severity::Warning, "BackOff", message);
+        }
+    }
+
+    /// Removes the pod's files. Answers whether nothing is left.
+    async fn teardown(&self) -> bool {
+        let uid = &self.desired.key.uid;
+        let logs = self.ctx.dirs.pod_logs(&self.desired);
+        let removed_logs = match tokio::fs::remove_dir_all(&logs).await {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        };
+        for result in [self.ctx.volumes.teardown(uid).await, removed_logs] {
+            if let Err(error) = result {
+                tracing::warn!(pod = %self.desired.key, %error, "cannot remove the pod's files; trying again");
+                return false;
+            }
+        }
+        true
+    }
+
+    fn deadline_at(&self) -> Option<Timestamp> {
+        let started = self.status.start_time.as_ref()?.0;
+        self.desired.active_deadline.filter(|_| self.ending.is_none()).map(|limit| started + limit)
+    }
+}
+

@@ -1,0 +1,140 @@
+//! A GET for probes and hooks. Over TLS the certificate is not checked, as the API says: a probe asks whether the
+//! container answers, not who it is.
+
+use bytes::Bytes;
+use http::header::{ACCEPT, CONNECTION, HOST, HeaderName, USER_AGENT};
+use http_body_util::Empty;
+use hyper_util::rt::TokioIo;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{DigitallySignedStruct, Error, SignatureScheme};
+use std::sync::Arc;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+
+const AGENT: &str = "kube-probe/1.37";
+
+/// What to ask for.
+pub struct Request<'a> {
+    /// Over TLS.
+    pub tls: bool,
+    /// Address or name.
+    pub host: &'a str,
+    /// Port.
+    pub port: u16,
+    /// Path and query.
+    pub path: &'a str,
+    /// Extra headers; they win over ours.
+    pub headers: &'a [(String, String)],
+}
+
+impl Request<'_> {
+    /// As text.
+    pub fn url(&self) -> String {
+        let scheme = if self.tls { "https" } else { "http" };
+        format!("{scheme}://{}:{}{}", self.host, self.port, self.path)
+    }
+
+    /// Sends it; answers the status code. The caller sets the deadline.
+    pub async fn send(&self) -> Result<u16, String> {
+        let stream = TcpStream::connect((self.host, self.port)).await.map_err(|e| e.to_string())?;
+        if !self.tls {
+            return self.exchange(stream).await;
+        }
+        let name = ServerName::try_from(self.host.to_owned()).map_err(|e| e.to_string())?;
+        let stream = connector()?.connect(name, stream).await.map_err(|e| e.to_string())?;
+        self.exchange(stream).await
+    }
+
+    async fn exchange(&self, stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Result<u16, String> {
+        let mut request = http::Request::get(self.path).body(Empty::<Bytes>::new()).map_err(|e| e.to_string())?;
+        let headers = request.headers_mut();
+        let authority = format!("{}:{}", self.host, self.port);
+        let ours = [(HOST, authority.as_str()), (USER_AGENT, AGENT), (ACCEPT, "*/*"), (CONNECTION, "close")];
+        let theirs = self.headers.iter().filter_map(|(n, v)| Some((HeaderName::try_from(n).ok()?, v.as_str())));
+        for (name, value) in ours.into_iter().chain(theirs) {
+            headers.insert(name, value.parse().map_err(|_| format!("header value '{value}' is not one"))?);
+        }
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| e.to_string())?;
+        // The connection is driven here, so that it ends with this call.
+        tokio::select! {
+            response = sender.send_request(request) => response.map(|r| r.status().as_u16()).map_err(|e| e.to_string()),
+            ended = connection => Err(ended.err().map_or_else(|| "the connection was closed".into(), |e| e.to_string())),
+        }
+    }
+}
+
+fn connector() -> Result<tokio_rustls::TlsConnector, String> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()
+        .map_err(|e| e.to_string())?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Unchecked(provider)))
+        .with_no_client_auth();
+    Ok(Arc::new(config).into())
+}
+
+#[derive(Debug)]
+struct Unchecked(Arc<rustls::crypto::CryptoProvider>);
+
+impl ServerCertVerifier for Unchecked {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    #[tokio::test]
+    async fn asks_and_reads_the_status() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let server = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut buffer = vec![0; 1024];
+            let read = stream.read(&mut buffer).await.unwrap();
+            stream.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").await.unwrap();
+            String::from_utf8(buffer[..read].to_vec()).unwrap()
+        });
+        let headers = [("Host".to_owned(), "web.example".to_owned())];
+        let request = Request { tls: false, host: "127.0.0.1", port, path: "/healthz?x=1", headers: &headers };
+        assert_eq!(request.send().await, Ok(204));
+        let seen = server.await.unwrap().to_lowercase();
+        assert!(seen.starts_with("get /healthz?x=1 http/1.1"), "{seen}");
+        assert!(seen.contains("host: web.example") && seen.contains("user-agent: kube-probe/"), "{seen}");
+    }
+}

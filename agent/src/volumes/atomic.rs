@@ -1,0 +1,159 @@
+//! Writes a volume's files so that a reader sees the old set or the new one, never a mixture.
+//!
+//! ```text
+//! <volume>/..data ─► ..<time>/      the link is replaced by rename
+//! <volume>/<name> ─► ..data/<name>  made once for each top-level name
+//! ```
+//!
+//! Called by [`super::Volumes`] alone. Invariants: nothing is written when nothing changed; no path leaves the
+//! directory.
+
+use super::content::File;
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _, symlink};
+use std::path::{Component, Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+const DATA: &str = "..data";
+
+type Failure = (PathBuf, io::Error);
+
+fn at(path: &Path) -> impl FnOnce(io::Error) -> Failure + '_ {
+    move |error| (path.to_owned(), error)
+}
+
+/// Makes `directory` show exactly `files`. `group` owns them, when the process may say so.
+///
+/// # Errors
+/// The path that could not be written, and why.
+pub fn write(directory: &Path, files: &[File], group: Option<u32>) -> Result<(), Failure> {
+    for file in files {
+        if !file.path.components().all(|c| matches!(c, Component::Normal(_))) || starts_hidden(&file.path) {
+            let error = io::Error::new(io::ErrorKind::InvalidInput, "the path leaves its volume");
+            return Err((file.path.clone(), error));
+        }
+    }
+    fs::DirBuilder::new().recursive(true).mode(0o755).create(directory).map_err(at(directory))?;
+    let link = directory.join(DATA);
+    let old = fs::read_link(&link).ok();
+    if old.as_ref().is_some_and(|old| same(&directory.join(old), files)) {
+        return Ok(());
+    }
+    let stamp = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos());
+    let fresh = format!("..{stamp}");
+    let target = directory.join(&fresh);
+    fs::DirBuilder::new().mode(0o755).create(&target).map_err(at(&target))?;
+    for file in files {
+        write_file(&target, file, group)?;
+    }
+    let staged = directory.join("..data_tmp");
+    match fs::remove_file(&staged) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err((staged, error)),
+        _ => {}
+    }
+    symlink(&fresh, &staged).map_err(at(&staged))?;
+    fs::rename(&staged, &link).map_err(at(&link))?;
+    names(directory, files)?;
+    if let Some(old) = old {
+        let old = directory.join(old);
+        fs::remove_dir_all(&old).map_err(at(&old))?;
+    }
+    Ok(())
+}
+
+fn starts_hidden(path: &Path) -> bool {
+    path.to_string_lossy().starts_with("..")
+}
+
+fn write_file(target: &Path, file: &File, group: Option<u32>) -> Result<(), Failure> {
+    let path = target.join(&file.path);
+    if let Some(parent) = path.parent() {
+        fs::DirBuilder::new().recursive(true).mode(0o755).create(parent).map_err(at(parent))?;
+    }
+    fs::write(&path, &file.data).map_err(at(&path))?;
+    // The group reads what it owns.
+    let mode = file.mode | group.map_or(0, |_| 0o440);
+    fs::set_permissions(&path, fs::Permissions::from_mode(mode)).map_err(at(&path))?;
+    if let Some(group) = group.filter(|_| rustix::process::geteuid().is_root()) {
+        std::os::unix::fs::chown(&path, None, Some(group)).map_err(at(&path))?;
+    }
+    Ok(())
+}
+
+/// Whether the directory holds exactly these files.
+fn same(directory: &Path, files: &[File]) -> bool {
+    let holds = |file: &File| fs::read(directory.join(&file.path)).is_ok_and(|data| data == file.data);
+    count(directory) == Some(files.len()) && files.iter().all(holds)
+}
+
+fn count(directory: &Path) -> Option<usize> {
+    let mut files = 0;
+    for entry in fs::read_dir(directory).ok()? {
+        let entry = entry.ok()?;
+        files += if entry.file_type().ok()?.is_dir() { count(&entry.path())? } else { 1 };
+    }
+    Some(files)
+}
+
+/// Makes the top-level names, and removes those that are no more.
+fn names(directory: &Path, files: &[File]) -> Result<(), Failure> {
+    let wanted: BTreeSet<_> = files.iter().filter_map(|f| f.path.components().next()).map(|c| c.as_os_str().to_owned()).collect();
+    for name in &wanted {
+        let path = directory.join(name);
+        if fs::symlink_metadata(&path).is_err() {
+            symlink(Path::new(DATA).join(name), &path).map_err(at(&path))?;
+        }
+    }
+    for entry in fs::read_dir(directory).map_err(at(directory))? {
+        let name = entry.map_err(at(directory))?.file_name();
+        if !name.to_string_lossy().starts_with("..") && !wanted.contains(&name) {
+            let path = directory.join(&name);
+            fs::remove_file(&path).map_err(at(&path))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(path: &str, data: &str) -> File {
+        File { path: path.into(), mode: 0o640, data: data.as_bytes().to_vec() }
+    }
+
+    fn listing(directory: &Path) -> Vec<String> {
+        let mut names: Vec<_> =
+            fs::read_dir(directory).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.retain(|n| !n.starts_with(".."));
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn replaces_everything_at_once_and_only_on_change() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = dir.path().join("v");
+        write(&volume, &[file("a", "1"), file("d/e/f", "2")], None).unwrap();
+        assert_eq!(listing(&volume), ["a", "d"]);
+        assert_eq!(fs::read_to_string(volume.join("d/e/f")).unwrap(), "2");
+        assert_eq!(fs::metadata(volume.join("a")).unwrap().permissions().mode() & 0o777, 0o640);
+        let first = fs::read_link(volume.join(DATA)).unwrap();
+        write(&volume, &[file("a", "1"), file("d/e/f", "2")], None).unwrap();
+        assert_eq!(fs::read_link(volume.join(DATA)).unwrap(), first);
+        write(&volume, &[file("a", "3")], None).unwrap();
+        assert_eq!(listing(&volume), ["a"]);
+        assert_eq!(fs::read_to_string(volume.join("a")).unwrap(), "3");
+        assert!(!volume.join(first).exists());
+    }
+
+    #[test]
+    fn no_path_leaves_the_volume() {
+        let dir = tempfile::tempdir().unwrap();
+        for path in ["../x", "/etc/x", "..data/x", "a/../../x"] {
+            assert!(write(&dir.path().join("v"), &[file(path, "")], None).is_err(), "{path}");
+        }
+    }
+}
