@@ -213,7 +213,8 @@ async fn lies_are_seen() {
     let Some(options) = options(dir.path()) else { return };
     let image = image();
     type Twist = fn(&TestImage, &Request, Answer) -> Answer;
-    let twists: [(Twist, fn(&ImageError) -> bool); 4] = [
+    type Expected = fn(&ImageError) -> bool;
+    let twists: [(Twist, Expected); 4] = [
         (
             |image, request, (head, mut body)| {
                 if is_layer(image, &request.path) {

@@ -21,6 +21,7 @@ use crate::{network, power, stats, sys};
 use atoll_spec::guest::{Call, ContainerSpec, GuestConfig, GuestError, Hello, Mount, MountSource, Reply};
 use rustix::mount::MountAttrFlags;
 use std::collections::BTreeMap;
+use std::io::Read as _;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -308,7 +309,12 @@ impl Guest {
         let pod = self.pod()?;
         let connection = self.dial(stream)?;
         connection.set_read_timeout(Some(TREE_SILENCE)).during(|| "set a deadline for the tree".into())?;
-        pod.volumes.publish(tree, std::io::BufReader::with_capacity(64 * 1024, connection))
+        let mut archive = std::io::BufReader::with_capacity(64 * 1024, connection);
+        pod.volumes.publish(tree, &mut archive)?;
+        // To the end, so that the sender is not cut off. What follows the archive is padding.
+        std::io::copy(&mut archive.take(1 << 20), &mut std::io::sink())
+            .map(drop)
+            .during(|| "read the tree's end".into())
     }
 
     /// The answer goes out first, then the machine is reset.

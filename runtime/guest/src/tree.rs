@@ -36,6 +36,10 @@ pub fn unpack(archive: impl Read, directory: &Path) -> Result<()> {
             )));
         }
         let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
+        if entry.header().entry_type().is_dir() && matches!(name.trim_end_matches('/'), "" | ".") {
+            set_attributes(directory, entry.header())?;
+            continue;
+        }
         // `false` means that the name would leave the directory; such an entry is no part of a tree.
         let inside = entry.unpack_in(directory).during(|| format!("unpack '{name}' of the tree"))?;
         if !inside {
@@ -43,6 +47,18 @@ pub fn unpack(archive: impl Read, directory: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The tree's own directory, which the archive calls `.`.
+fn set_attributes(directory: &Path, header: &tar::Header) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let what = || format!("set the attributes of {}", directory.display());
+    if rustix::process::geteuid().is_root() {
+        let id = |id: std::io::Result<u64>| id.ok().and_then(|id| u32::try_from(id).ok());
+        std::os::unix::fs::chown(directory, id(header.uid()), id(header.gid())).during(what)?;
+    }
+    let mode = header.mode().during(what)?;
+    std::fs::set_permissions(directory, std::fs::Permissions::from_mode(mode & 0o7777)).during(what)
 }
 
 /// When an entry is replaced.
@@ -153,6 +169,18 @@ mod tests {
         assert_eq!(fs::read_to_string(live.join("b")).unwrap(), "more");
         let names: Vec<_> = entries(&live).unwrap().into_iter().collect();
         assert_eq!(names, ["..2026_2", "..data", "a", "b"]);
+    }
+
+    #[test]
+    fn the_tree_itself_has_the_mode_it_had() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let top = tempfile::tempdir().unwrap();
+        let (source, fresh) = (top.path().join("source"), top.path().join("fresh"));
+        fs::create_dir(&source).unwrap();
+        fs::create_dir(&fresh).unwrap();
+        fs::set_permissions(&source, fs::Permissions::from_mode(0o3770)).unwrap();
+        unpack(archive(&source).as_slice(), &fresh).unwrap();
+        assert_eq!(fs::metadata(&fresh).unwrap().permissions().mode() & 0o7777, 0o3770);
     }
 
     #[test]

@@ -56,7 +56,7 @@ pub async fn unpack(
         .kill_on_drop(true)
         .spawn()
         .map_err(ImageError::io("run", &options.helper))?;
-    let group = Group(child.id());
+    let mut group = Group(child.id());
     let mut words = String::new();
     let talk = async {
         if let Some(stderr) = child.stderr.take() {
@@ -72,7 +72,8 @@ pub async fn unpack(
         Ok(status) => status.map_err(|error| failed(error.to_string()))?,
         Err(_) => return Err(failed(format!("not done after {} s", DEADLINE.as_secs()))),
     };
-    drop(group);
+    // Waited for: its number may be another's from now on.
+    group.forget();
     if !status.success() {
         let last = words.lines().rev().find(|line| !line.trim().is_empty());
         return Err(failed(last.map_or_else(|| format!("the helper ended with {status}"), str::to_owned)));
@@ -89,11 +90,17 @@ pub async fn unpack(
 /// Kills helper and mkfs.erofs together when the pull is given up.
 struct Group(Option<u32>);
 
+impl Group {
+    fn forget(&mut self) {
+        self.0 = None;
+    }
+}
+
 impl Drop for Group {
     fn drop(&mut self) {
         let pid = self.0.and_then(|id| i32::try_from(id).ok()).and_then(rustix::process::Pid::from_raw);
         if let Some(pid) = pid {
-            // Usually it has ended long ago; its number is not reused while the child is not waited for.
+            // Not waited for yet, so the number is still its own.
             let _ = rustix::process::kill_process_group(pid, rustix::process::Signal::KILL);
         }
     }
