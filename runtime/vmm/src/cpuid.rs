@@ -29,7 +29,7 @@ impl Topology {
 pub fn for_vcpu(supported: &[kvm_cpuid_entry2], cpu: u8, topology: Topology) -> Vec<kvm_cpuid_entry2> {
     let mut entries: Vec<_> = supported
         .iter()
-        .filter(|entry| !matches!(entry.function, 0xb | 0x1f))
+        .filter(|entry| !matches!(entry.function, 0xb | 0x1f | 0x8000_0026))
         .copied()
         .map(|mut entry| {
             adjust(&mut entry, cpu, topology);
