@@ -75,9 +75,13 @@ impl Cgroup {
         text.lines().filter_map(|line| line.parse().ok()).collect()
     }
 
-    /// Kills every process in it.
+    /// Kills every process in it; a cgroup that is gone has none.
     pub fn kill(&self) -> Result<()> {
-        write(&self.0.join("cgroup.kill"), "1")
+        let path = self.0.join("cgroup.kill");
+        match std::fs::write(&path, "1") {
+            Err(error) if error.kind() == ErrorKind::NotFound && !self.0.exists() => Ok(()),
+            other => other.during(|| format!("write '1' to {}", path.display())),
+        }
     }
 
     /// Whether the kernel killed for lack of memory here.

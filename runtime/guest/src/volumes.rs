@@ -25,7 +25,7 @@ pub struct Volumes {
     memory: PathBuf,
     /// Volumes on the scratch disk.
     disk: PathBuf,
-    mounted: Mutex<HashSet<String>>,
+    mounted: Mutex<HashSet<(String, bool)>>,
     publishing: Mutex<u64>,
 }
 
@@ -91,7 +91,8 @@ impl Volumes {
         let base = if memory { &self.memory } else { &self.disk };
         let path = base.join(check_name(name)?);
         let mut mounted = self.mounted.lock().unwrap_or_else(PoisonError::into_inner);
-        if mounted.contains(name) {
+        let key = (name.to_owned(), memory);
+        if mounted.contains(&key) {
             return Ok(path);
         }
         std::fs::create_dir_all(&path).during(|| format!("make directory {}", path.display()))?;
@@ -104,7 +105,7 @@ impl Volumes {
         }
         // Every user of every container of the pod may write here, whatever the umask.
         set_mode(&path, 0o777)?;
-        mounted.insert(name.to_owned());
+        mounted.insert(key);
         Ok(path)
     }
 }

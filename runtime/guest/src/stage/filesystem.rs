@@ -83,8 +83,12 @@ fn mount_devices(root: &OwnedFd, tree: &Tree) -> Result<()> {
             let device = Detached::bind(&Path::new("/dev").join(name))?;
             device.attach(target(root, &format!("/dev/{name}"), Kind::File)?)?;
         }
-        for (to, name) in LINKS {
-            symlinkat(to, &dev, name).during(|| format!("make the link /dev/{name}"))?;
+    }
+    for (to, name) in LINKS {
+        match symlinkat(to, &dev, name) {
+            // devtmpfs, one for the whole guest, may have it from another container, or as a device.
+            Err(rustix::io::Errno::EXIST) => {}
+            other => other.during(|| format!("make the link /dev/{name}"))?,
         }
     }
     let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
