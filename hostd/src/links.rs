@@ -7,7 +7,7 @@ use crate::{apply, observe};
 use atoll_spec::machine::domain::Machine;
 use futures_util::StreamExt;
 use rtnetlink::{Handle, MulticastGroup};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -26,8 +26,8 @@ pub struct Links {
     sys: PathBuf,
     clients: BTreeMap<u32, JoinHandle<()>>,
     leases: BTreeMap<u32, (LeaseState, Option<Instant>)>,
-    /// Links that had a peer at the last look.
-    plugged: BTreeSet<u32>,
+    /// How often each link had got a peer at the last look. Counted by the kernel: a look may miss a short absence.
+    plugged: BTreeMap<u32, u32>,
     changes: mpsc::Sender<client::Change>,
 }
 
@@ -63,7 +63,7 @@ impl Links {
             sys,
             clients: BTreeMap::new(),
             leases: BTreeMap::new(),
-            plugged: BTreeSet::new(),
+            plugged: BTreeMap::new(),
             changes,
         })
     }
@@ -121,8 +121,9 @@ impl Links {
     /// A link that got a peer may be in another network now: its client begins anew, at once. What it had stays until
     /// a server has spoken.
     fn restart_replugged(&mut self, links: &[Link]) {
-        let now: BTreeSet<u32> = links.iter().filter(|l| l.carrier).map(|l| l.index).collect();
-        for link in now.difference(&self.plugged) {
+        let plugged = links.iter().filter(|l| l.carrier).map(|l| (l.index, l.plugged));
+        let now: BTreeMap<u32, u32> = plugged.collect();
+        for (link, _) in now.iter().filter(|(link, count)| self.plugged.get(link) != Some(count)) {
             if let Some(client) = self.clients.remove(link) {
                 client.abort();
             }

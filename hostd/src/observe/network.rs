@@ -55,6 +55,7 @@ fn link(message: &LinkMessage, sys: &Path) -> Link {
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name = name.clone(),
+            LinkAttribute::CarrierUpCount(count) => link.plugged = *count,
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
             LinkAttribute::Address(mac) => link.mac = mac[..].try_into().ok(),
             LinkAttribute::LinkInfo(infos) => {

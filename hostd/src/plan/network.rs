@@ -29,6 +29,8 @@ pub struct Link {
     pub up: bool,
     /// Whether there is a peer.
     pub carrier: bool,
+    /// How often it got one.
+    pub plugged: u32,
     /// Its MTU.
     pub mtu: u32,
     /// Its addresses.
