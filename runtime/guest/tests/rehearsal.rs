@@ -360,3 +360,49 @@ fn statistics_and_bad_calls() {
     assert!(peer.publish("bad", b"not a tar, not at all").is_err());
     peer.call(Call::PowerOff).unwrap();
 }
+
+#[test]
+fn much_output_waits_for_a_slow_reader_and_none_is_lost() {
+    if !possible() {
+        return;
+    }
+    let mut peer = Peer::start(config());
+    let script = "i=0; while [ $i -lt 20000 ]; do echo \"line $i of a text that is long enough to fill pipes\"; \
+        i=$((i+1)); done; head -c 3000000 /dev/zero >&2; exit 4";
+    let mut stream = peer.run(container("c1", &sh(script))).unwrap();
+    // Nobody reads: the process must wait, and the guest must go on answering.
+    let first = receive(&mut stream).unwrap();
+    assert!(matches!(peer.call(Call::Stats), Ok(Reply::Stats(_))));
+    let Reply::Containers { containers } = peer.call(Call::List).unwrap() else { panic!("not a list") };
+    assert!(matches!(containers[0].phase, ContainerPhase::Running { .. }), "it waits for its reader");
+    let rest = read_to_end(stream, false, false);
+    let text = String::from_utf8(first.1).unwrap() + &rest.stdout;
+    assert_eq!(text.lines().count(), 20_000);
+    assert!(text.lines().enumerate().all(|(n, line)| line.starts_with(&format!("line {n} of"))));
+    assert_eq!(rest.stderr.len(), 3_000_000);
+    assert_eq!(peer.exit_of("c1").code, 4);
+}
+
+#[test]
+fn many_containers_start_at_once_and_leave_nothing() {
+    if !possible() {
+        return;
+    }
+    let mut peer = Peer::start(config());
+    let mut streams = Vec::new();
+    for number in 0..30 {
+        let name = format!("c{number}");
+        streams.push((
+            name.clone(),
+            peer.run(container(&name, &sh(&format!("echo {number}; exit {number}")))).unwrap(),
+        ));
+    }
+    for (number, (name, stream)) in streams.into_iter().enumerate() {
+        assert_eq!(read_to_end(stream, false, false).stdout, format!("{number}\n"));
+        assert_eq!(peer.exit_of(&name).code, number as i32);
+        peer.call(Call::RemoveContainer { container: name.parse().unwrap() }).unwrap();
+    }
+    let Reply::Containers { containers } = peer.call(Call::List).unwrap() else { panic!("not a list") };
+    assert!(containers.is_empty());
+    assert_eq!(peer.leftovers(), Vec::<String>::new());
+}

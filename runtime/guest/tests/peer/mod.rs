@@ -283,6 +283,30 @@ impl Peer {
         Ok(self.stream(stream))
     }
 
+    /// What the guest has kept of containers: cgroups, directories of its own, what they wrote, mounts, descriptors.
+    pub fn leftovers(&self) -> Vec<String> {
+        // PID 1 of the namespace is the child of `unshare`.
+        let unshare = self.child.id();
+        let children = std::fs::read_to_string(format!("/proc/{unshare}/task/{unshare}/children")).unwrap();
+        let guest = children.split_whitespace().next().unwrap().to_owned();
+        let run = format!("/proc/{guest}/root{}", self._dir.path().join("run").display());
+        let list = |path: String| {
+            let entries = std::fs::read_dir(&path).into_iter().flatten().flatten();
+            entries.filter(|entry| entry.path().is_dir()).map(|entry| entry.path().display().to_string())
+        };
+        let mut left: Vec<String> = list(self.cgroup.join("pod").display().to_string()).collect();
+        left.extend(list(format!("{run}/containers")));
+        left.extend(list(format!("{run}/scratch/containers")));
+        let mounts = std::fs::read_to_string(format!("/proc/{guest}/mountinfo")).unwrap();
+        left.extend(mounts.lines().filter(|line| line.contains(" overlay ")).map(str::to_owned));
+        let open = std::fs::read_dir(format!("/proc/{guest}/fd")).unwrap().count();
+        // Its three standard ones, the control connection twice, the directory being listed.
+        if open > 8 {
+            left.push(format!("{open} open descriptors"));
+        }
+        left
+    }
+
     pub fn publish(&mut self, tree: &str, archive: &[u8]) -> Result<Reply, GuestError> {
         let stream = self.stream_number();
         let streams = Arc::clone(&self.streams);
