@@ -15,6 +15,7 @@ use crate::vcpu::{End, Ending, Gate, Vcpu};
 use crate::virtio::layers::Layers;
 use atoll_spec::vm::VmStats;
 use kvm_ioctls::VmFd;
+use seccompiler::BpfProgram;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
 use std::thread::{self, JoinHandle};
@@ -93,12 +94,13 @@ impl Machine {
             .map_err(|error| Error::system("handle the pause signal")(std::io::Error::from(error)))?;
         let (ready, started) = mpsc::channel();
         let count = vcpus.len() + disks.len();
+        let (on_disks, on_vcpus) = (confinement(Class::Disk, filter)?, confinement(Class::Vcpu, filter)?);
         for disk in disks {
-            spawn(disk.name.to_owned(), Class::Disk, filter, ready.clone(), disk.run)?;
+            spawn(disk.name.to_owned(), on_disks.clone(), ready.clone(), disk.run)?;
         }
         for (id, vcpu) in (0u8..).zip(vcpus) {
             let run = self.vcpu_loop(id, vcpu)?;
-            self.vcpu_threads.push(spawn(format!("vcpu{id}"), Class::Vcpu, filter, ready.clone(), run)?);
+            self.vcpu_threads.push(spawn(format!("vcpu{id}"), on_vcpus.clone(), ready.clone(), run)?);
         }
         for _ in 0..count {
             started.recv_timeout(START_DEADLINE).map_err(|_| Error::Seccomp {
@@ -177,22 +179,27 @@ impl Machine {
 /// Its only work is to have interrupted a system call.
 extern "C" fn interrupted(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
+/// What a thread does to itself before it works.
+type Confinement = Option<(Class, BpfProgram)>;
+
+fn confinement(class: Class, filter: Filter) -> Result<Confinement> {
+    match filter {
+        Filter::On => Ok(Some((class, seccomp::compile(class)?))),
+        Filter::Off => Ok(None),
+    }
+}
+
 fn spawn(
     name: String,
-    class: Class,
-    filter: Filter,
+    confinement: Confinement,
     ready: Sender<Result<()>>,
     run: Box<dyn FnOnce() + Send>,
 ) -> Result<JoinHandle<()>> {
-    let program = match filter {
-        Filter::On => Some(seccomp::compile(class)?),
-        Filter::Off => None,
-    };
     thread::Builder::new()
         .name(name)
         .stack_size(STACK_BYTES)
         .spawn(move || {
-            let confined = program.map_or(Ok(()), |program| seccomp::install(class, &program));
+            let confined = confinement.map_or(Ok(()), |(class, program)| seccomp::install(class, &program));
             let fit = confined.is_ok();
             // The receiver is gone only when the start has failed already, and then the process ends.
             drop(ready.send(confined));

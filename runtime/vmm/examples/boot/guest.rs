@@ -172,9 +172,15 @@ fn entropy() -> Result<String> {
 
 fn vsock_hello() -> Result<String> {
     let connection = vsock::connect(vsock::HOST, atoll_spec::guest::HOST_PORT)?;
-    let hello = atoll_spec::guest::Hello::Control { protocol: atoll_spec::guest::PROTOCOL, ready_us: 0 };
+    let hello =
+        atoll_spec::guest::Hello::Control { protocol: atoll_spec::guest::PROTOCOL, ready_us: uptime_us() };
     vsock::write_frame(&connection, &serde_json::to_string(&hello)?)?;
     Ok("hello sent".into())
+}
+
+fn uptime_us() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000 + now.tv_nsec as u64 / 1000
 }
 
 fn network() -> Result<String> {

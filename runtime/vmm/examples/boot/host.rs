@@ -91,10 +91,9 @@ pub fn main() -> std::result::Result<(), Box<dyn Error>> {
     let options = options()?;
     let listener = vsock::listen(HOST_PORT)?;
     let calls = options.calls.clone();
-    std::thread::spawn(move || serve_guest(&listener, calls.as_deref()));
-    std::thread::spawn(echo_datagrams);
-
     let started = Instant::now();
+    std::thread::spawn(move || serve_guest(&listener, calls.as_deref(), started));
+    std::thread::spawn(echo_datagrams);
     let (control, mut child) = spawn(&options.vmm)?;
     let (spec, fds) = request(&options)?;
     let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
@@ -275,8 +274,9 @@ fn memory(pid: u32) -> String {
     lines.join("; ")
 }
 
-fn serve_guest(listener: &OwnedFd, calls: Option<&str>) {
+fn serve_guest(listener: &OwnedFd, calls: Option<&str>, started: Instant) {
     while let Ok((connection, cid)) = vsock::accept(listener) {
+        println!("vsock {cid}: connected {} us after the start", started.elapsed().as_micros());
         let calls = calls.map(str::to_owned);
         std::thread::spawn(move || {
             if let Err(error) = converse(connection, cid, calls.as_deref()) {
