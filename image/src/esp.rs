@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::program::Tools;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The time of every file that is written in place: some firmware refuses to rename a file without a valid one, and the boot loader counts
 /// its tries by renaming.
@@ -90,7 +90,7 @@ impl<F: Seek> Seek for Window<F> {
 }
 
 /// Makes the file system of `size` bytes in a new file and puts `files` (path, content) into it.
-pub fn make(tools: &Tools, image: &Path, size: u64, files: &[(String, &Path)]) -> Result<()> {
+pub fn make(tools: &Tools, image: &Path, size: u64, files: &[(String, PathBuf)]) -> Result<()> {
     let file = File::create(image).map_err(Error::file("write", image))?;
     file.set_len(size).map_err(Error::file("write", image))?;
     // 4 KiB clusters; --invariant fixes serial number and times.

@@ -22,6 +22,7 @@ pub mod plan;
 pub mod profile;
 pub mod program;
 pub mod sbom;
+pub mod secure_boot;
 pub mod sign;
 pub mod system;
 pub mod tree;

@@ -1,10 +1,10 @@
 //! What a build will do, as a list that can be read and tested. Pure.
 
 use crate::error::Result;
-use crate::guest_kernel;
 use crate::layout::{Layout, layout};
 use crate::lock::Lock;
 use crate::profile::{BOOT_PACKAGE, Profile, TOOL_PACKAGES};
+use crate::{guest_kernel, secure_boot};
 use std::fmt;
 
 /// One step; the order is the order of execution.
@@ -112,7 +112,11 @@ pub fn plan(profile: &Profile, lock: &Lock, facts: &Facts<'_>) -> Result<Vec<Ste
     if facts.signed {
         steps.push(Step::Sign);
     }
-    let esp = vec!["EFI/BOOT/BOOTX64.EFI".to_string(), "loader/loader.conf".into(), slot_path(facts.version)];
+    let mut esp =
+        vec!["EFI/BOOT/BOOTX64.EFI".to_string(), "loader/loader.conf".into(), slot_path(facts.version)];
+    if facts.signed {
+        esp.extend(secure_boot::paths());
+    }
     steps.push(Step::Disk { file: "atoll.raw".into(), layout: layout(profile.disk), esp });
     steps.push(Step::Sbom("atoll.spdx.json".into()));
     steps.push(Step::Checksums("SHA256SUMS".into()));

@@ -11,7 +11,7 @@ use crate::profile::{BOOT_PACKAGE, Profile, TOOL_PACKAGES};
 use crate::program::Tools;
 use crate::sign::Signer;
 use crate::uki::Section;
-use crate::{esp, gpt, guest_kernel, libraries, sbom, system, uki};
+use crate::{esp, gpt, guest_kernel, libraries, sbom, secure_boot, system, uki};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -195,25 +195,8 @@ impl Build<'_> {
         let work = self.out.join("esp.work");
         remove_tree(&work)?;
         fs::create_dir(&work).map_err(Error::file("make directory", &work))?;
-        let loader = match self.signer {
-            None => made.boot.join("systemd-bootx64.efi"),
-            Some(signer) => {
-                signer.sign(
-                    tools(made)?,
-                    &made.boot.join("systemd-bootx64.efi"),
-                    &work.join("bootx64.efi"),
-                )?;
-                work.join("bootx64.efi")
-            }
-        };
-        let configuration = work.join("loader.conf");
-        fs::write(&configuration, LOADER_CONF).map_err(Error::file("write", &configuration))?;
+        let files = self.esp_files(&work, made)?;
         let esp = layout.partitions[0];
-        let files: [(String, &Path); 3] = [
-            ("EFI/BOOT/BOOTX64.EFI".into(), &loader),
-            ("loader/loader.conf".into(), &configuration),
-            (slot_path(self.version), &made.uki),
-        ];
         esp::make(tools(made)?, &work.join("esp"), esp.size(), &files)?;
         self.publish(file, made, |path| {
             let failed = |e| Error::file("write", path)(e);
@@ -223,6 +206,28 @@ impl Build<'_> {
             esp::embed(&work.join("esp"), &mut disk, esp.offset()).map_err(failed)
         })?;
         remove_tree(&work)
+    }
+
+    /// The ESP's files: path there and path here.
+    fn esp_files(&self, work: &Path, made: &Made) -> Result<Vec<(String, PathBuf)>> {
+        let configuration = work.join("loader.conf");
+        fs::write(&configuration, LOADER_CONF).map_err(Error::file("write", &configuration))?;
+        let mut loader = made.boot.join("systemd-bootx64.efi");
+        let mut keys = Vec::new();
+        if let Some(signer) = self.signer {
+            let signed = work.join("bootx64.efi");
+            signer.sign(tools(made)?, &loader, &signed)?;
+            loader = signed;
+            let updates = secure_boot::updates(tools(made)?, signer, work)?;
+            keys.extend(secure_boot::paths().into_iter().zip(updates));
+        }
+        let mut files = vec![
+            ("EFI/BOOT/BOOTX64.EFI".to_string(), loader),
+            ("loader/loader.conf".into(), configuration),
+            (slot_path(self.version), made.uki.clone()),
+        ];
+        files.extend(keys);
+        Ok(files)
     }
 
     fn sbom(&self, file: &str, made: &mut Made) -> Result<()> {
