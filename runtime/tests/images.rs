@@ -243,3 +243,71 @@ async fn hostile_layers_are_refused() {
     assert_eq!(files_below(&options.root.join("layers")), 0);
     assert_eq!(files_below(&options.root.join("tmp")), 0);
 }
+
+/// Where the child of the next test finds its store and registry.
+const CHILD: &str = "ATOLL_TEST_PULLER";
+
+/// Pulls and removes without end; only as the child of the test below.
+#[tokio::test]
+async fn puller() {
+    let Ok(text) = std::env::var(CHILD) else { return };
+    let [root, mkfs, registries, name] = text.split('|').collect::<Vec<_>>()[..] else { panic!("{text}") };
+    let options = StoreOptions {
+        mkfs_erofs: mkfs.into(),
+        registries: registries.into(),
+        helper: env!("CARGO_BIN_EXE_atoll-runtime").into(),
+        helper_uid: rustix::process::geteuid().is_root().then_some(65534),
+        ..StoreOptions::new(root)
+    };
+    let store = ImageStore::open(options).await.unwrap();
+    for version in ["v1", "v2"].into_iter().cycle() {
+        let name: ImageRef = format!("{name}:{version}").parse().unwrap();
+        let id = store.pull(&name, None).await.unwrap();
+        if version == "v2" {
+            store.remove(id.0.as_str()).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_store_survives_being_killed_at_any_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(options) = options(dir.path()) else { return };
+    let Some(registry) = Registry::start(dir.path(), &Settings::default()) else { return };
+    plain(&options, &registry);
+    let shared = layer(&[("shared", "1")]);
+    for version in ["v1", "v2"] {
+        let own = layer(&[("own", version)]);
+        let image = TestImage::new(Family::Oci, vec![(shared.clone(), Packing::Gzip), (own, Packing::Zstd)]);
+        registry.put_image("app", version, &image);
+    }
+    let paths =
+        [&options.root, &options.mkfs_erofs, &options.registries].map(|path| path.display().to_string());
+    let told = format!("{}|{}/app", paths.join("|"), registry.address);
+    for round in 0..25u64 {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "puller"])
+            .env(CHILD, &told)
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(20 + round * 37 % 300));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let store = ImageStore::open(options.clone()).await.unwrap();
+        for image in store.list() {
+            for layer in store.layers(&image.id).unwrap() {
+                assert_eq!(std::fs::metadata(&layer.path).unwrap().len(), layer.length, "round {round}");
+            }
+        }
+        let needed: std::collections::BTreeSet<_> = store
+            .list()
+            .iter()
+            .flat_map(|image| store.layers(&image.id).unwrap())
+            .map(|layer| layer.diff_id)
+            .collect();
+        assert_eq!(files_below(&options.root.join("layers")), needed.len(), "round {round}");
+    }
+    let store = ImageStore::open(options.clone()).await.unwrap();
+    store.pull(&reference(&registry, "app:v1"), None).await.unwrap();
+}

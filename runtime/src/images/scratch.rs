@@ -3,12 +3,15 @@
 
 use super::error::ImageError;
 use std::fs::{File, OpenOptions};
+use std::io::ErrorKind;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Directory of the store for them.
 const TMP: &str = "tmp";
+const MAX_TRIES: u32 = 100;
+const PAUSE: std::time::Duration = std::time::Duration::from_millis(20);
 
 static NUMBER: AtomicU64 = AtomicU64::new(0);
 
@@ -20,11 +23,18 @@ fn unique(root: &Path, prefix: &str) -> PathBuf {
 /// Deletes what others left, and makes the directory. Others may pass through it, not look.
 pub fn clear(root: &Path) -> Result<(), ImageError> {
     let tmp = root.join(TMP);
-    match std::fs::remove_dir_all(&tmp) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(ImageError::io("empty", &tmp)(error));
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match std::fs::remove_dir_all(&tmp) {
+            Ok(()) => break,
+            Err(error) if error.kind() == ErrorKind::NotFound => break,
+            // A helper of a runtime that was killed may still be writing; without its input it ends soon.
+            Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty && tries < MAX_TRIES => {
+                std::thread::sleep(PAUSE);
+            }
+            Err(error) => return Err(ImageError::io("empty", &tmp)(error)),
         }
-        _ => {}
     }
     std::fs::DirBuilder::new().mode(0o711).create(&tmp).map_err(ImageError::io("make directory", &tmp))
 }
