@@ -3,7 +3,7 @@
 //! | option | meaning |
 //! |---|---|
 //! | `atoll.boot-failure=reboot` (default), `power-off`, `hold` | what follows a boot that failed, after its countdown |
-//! | `atoll.log=LEVEL` | `RUST_LOG` of all services, for example `debug` |
+//! | `atoll.log=LEVEL` | `ATOLL_LOG` of all services, for example `debug` |
 
 /// What follows a failed boot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -114,7 +114,7 @@ fn write_all(lines: &Receiver<Message>, dropped: &AtomicU64) {
 fn write(devices: &mut [Device], line: &str, serial_only: bool) {
     // One write per line, so that lines of the kernel come between and not into ours. A console that fails is a
     // console nobody sees: there is nowhere to report it.
-    let bytes = format!("{line}\r\n").into_bytes();
+    let bytes = format!("{line}\n").into_bytes();
     if devices.is_empty() {
         let _ = std::io::stderr().write_all(&bytes);
     }

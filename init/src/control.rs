@@ -6,6 +6,7 @@
 
 use crate::console::Console;
 use crate::error::{Error, Result};
+use crate::sys;
 use atoll_spec::control::{BootPhase, INTERFACE, LogLine, OBJECT_PATH, ServiceStatus, ShutdownAction};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
@@ -148,10 +149,10 @@ fn accept(listener: &UnixListener, asker: &Asker, connections: &Connections, con
             std::thread::sleep(Duration::from_millis(100));
             continue;
         };
-        match rustix::net::sockopt::socket_peercred(&stream) {
-            Ok(peer) if peer.uid.is_root() => {}
-            Ok(peer) => {
-                console.say(format!("control: refused a connection of uid {}: root only", peer.uid.as_raw()));
+        match sys::peer_uid(stream.as_fd()) {
+            Ok(0) => {}
+            Ok(uid) => {
+                console.say(format!("control: refused a connection of uid {uid}: root only"));
                 continue;
             }
             Err(_) => continue,

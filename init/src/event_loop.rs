@@ -102,7 +102,7 @@ impl<'a> EventLoop<'a> {
             "HOME=/".to_owned(),
             format!("NOTIFY_SOCKET={}", notify.display()),
         ];
-        environment.extend(log_filter.map(|filter| format!("RUST_LOG={filter}")));
+        environment.extend(log_filter.map(|filter| format!("ATOLL_LOG={filter}")));
         let hotplug = Hotplug::open();
         if let Err(error) = &hotplug {
             machine.console.say(format!("devices plugged in later get no driver: {}", chain(error)));

@@ -93,6 +93,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(12))]
         #[test]
         fn memory_is_bounded_whatever_is_written(writes in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..9000), 0..40)) {
             let mut log = ServiceLog::default();

@@ -338,6 +338,10 @@ fn hide(directories: &[CString]) -> io::Result<()> {
 /// Raw system calls: the C library's versions ask all threads of the process to follow, and in this child those are
 /// a memory of the parent's.
 fn change_user(user: &User) -> io::Result<()> {
+    // PID 1 is root without further groups: nothing to change.
+    if user.uid == 0 && user.gid == 0 && user.groups.is_empty() {
+        return Ok(());
+    }
     // SAFETY: the groups live across the call and their count is right.
     check(unsafe { libc::syscall(libc::SYS_setgroups, user.groups.len(), user.groups.as_ptr()) })?;
     // SAFETY: integers only.

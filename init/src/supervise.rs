@@ -148,6 +148,7 @@ impl Supervisor {
         for place in 0..self.units.len() {
             self.advance(now, ServiceId(place), &mut actions);
         }
+        let announced = actions.len();
         for (place, unit) in self.units.iter_mut().enumerate() {
             let state = unit.state();
             if state != unit.shown {
@@ -155,6 +156,10 @@ impl Supervisor {
                 unit.since = now;
                 actions.push(Action::Announce(ServiceId(place)));
             }
+        }
+        if self.shutting_down {
+            // Told in the order it happens: what ended lets stop what it needed.
+            actions[announced..].reverse();
         }
         actions
     }

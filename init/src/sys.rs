@@ -6,7 +6,7 @@ use crate::reap;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
@@ -326,32 +326,72 @@ pub struct Datagram {
     pub content: Vec<u8>,
 }
 
-/// Receives one datagram together with its sender's credentials.
+/// Space for the credentials and a few descriptors, aligned as control messages must be.
+#[repr(C, align(8))]
+struct ControlSpace([u8; 128]);
+
+/// Receives one datagram together with its sender's credentials. Not rustix, whose credentials cannot hold process
+/// number 0, which is what a sender outside this process namespace has.
 ///
 /// # Errors
 /// `WouldBlock` when there is none; `InvalidData` for one without credentials.
 pub fn receive_with_credentials(socket: BorrowedFd<'_>) -> io::Result<Datagram> {
-    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
-    let mut content = vec![0; 4096];
-    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1), ScmRights(8))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let mut parts = [io::IoSliceMut::new(&mut content)];
-    let received = rustix::net::recvmsg(
-        socket.as_fd(),
-        &mut parts,
-        &mut ancillary,
-        RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC,
-    )?;
+    let mut content = vec![0_u8; 4096];
+    let mut space = ControlSpace([0; 128]);
+    let mut part = libc::iovec { iov_base: content.as_mut_ptr().cast(), iov_len: content.len() };
+    // SAFETY: all zeroes is a valid msghdr: no name, no parts, no control space.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &raw mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = (&raw mut space).cast();
+    message.msg_controllen = size_of::<ControlSpace>();
+    let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+    // SAFETY: the message points to buffers of the lengths it names, which live across the call.
+    let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, flags) };
+    let Ok(received) = usize::try_from(received) else { return Err(io::Error::last_os_error()) };
+    content.truncate(received);
     let mut sender = None;
-    for message in ancillary.drain() {
-        // Descriptors that come along are closed as they are dropped.
-        if let RecvAncillaryMessage::ScmCredentials(credentials) = message {
-            sender = Some((credentials.pid, credentials.uid));
+    // SAFETY: the kernel filled the control space and set its length. The macros walk it within that length, and
+    // each kind of message holds what is read from it: one ucred, or as many descriptors as its length says, which
+    // nobody else has. Reads are unaligned because control data is only aligned to words.
+    unsafe {
+        let mut header = libc::CMSG_FIRSTHDR(&raw const message);
+        while !header.is_null() {
+            let data = libc::CMSG_DATA(header);
+            if (*header).cmsg_level == libc::SOL_SOCKET && (*header).cmsg_type == libc::SCM_CREDENTIALS {
+                sender = Some(data.cast::<libc::ucred>().read_unaligned());
+            } else if (*header).cmsg_level == libc::SOL_SOCKET && (*header).cmsg_type == libc::SCM_RIGHTS {
+                let bytes = (*header).cmsg_len - libc::CMSG_LEN(0) as usize;
+                for place in 0..bytes / size_of::<libc::c_int>() {
+                    // Nobody asked for descriptors: closed at once.
+                    drop(OwnedFd::from_raw_fd(data.cast::<libc::c_int>().add(place).read_unaligned()));
+                }
+            }
+            header = libc::CMSG_NXTHDR(&raw const message, header);
         }
     }
-    let (pid, uid) = sender.ok_or(io::ErrorKind::InvalidData)?;
-    content.truncate(received.bytes);
-    Ok(Datagram { pid: u32::try_from(pid.as_raw_nonzero().get()).unwrap_or(0), uid: uid.as_raw(), content })
+    let sender = sender.ok_or(io::ErrorKind::InvalidData)?;
+    Ok(Datagram { pid: u32::try_from(sender.pid).unwrap_or(0), uid: sender.uid, content })
+}
+
+/// User of the process that connected to a stream socket.
+///
+/// # Errors
+/// When the socket is none of that kind.
+pub fn peer_uid(socket: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut peer = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
+    let mut length = libc::socklen_t::try_from(size_of::<libc::ucred>()).unwrap_or(0);
+    // SAFETY: the kernel writes at most `length` bytes, which is the size of `peer`.
+    check(unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut peer).cast(),
+            &raw mut length,
+        )
+    })?;
+    Ok(peer.uid)
 }
 
 #[cfg(test)]
