@@ -74,7 +74,7 @@ impl App {
         let owner = tokio::spawn(owner.run(commands, news, stopped.clone()));
         let template = tokio::spawn(async move {
             // Early, so that the first pod does not wait for it; that pod reports an error.
-            if let Err(error) = launcher.scratch.make_template().await {
+            if let Err(error) = launcher.scratch.prepare().await {
                 tracing::error!(%error, "cannot prepare scratch disks");
             }
         });

@@ -15,8 +15,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{ReadHalf, WriteHalf};
 
-/// Most output of one stream that ExecSync returns; the rest is read and dropped.
-const OUTPUT_BYTES: usize = 16 << 20;
+/// Most output that ExecSync returns, so that the answer stays below gRPC's 16 MiB; the rest is read and dropped.
+const OUTPUT_BYTES: usize = (16 << 20) - (64 << 10);
 
 /// A running command.
 pub struct Exec {
@@ -130,9 +130,9 @@ impl ExecOutput {
 /// What a command said and how it ended.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Finished {
-    /// Standard output, at most 16 MiB.
+    /// Standard output, cut when both together are too long for an answer.
     pub stdout: Vec<u8>,
-    /// Standard error, at most 16 MiB.
+    /// Standard error.
     pub stderr: Vec<u8>,
     /// Exit code.
     pub code: i32,
@@ -144,6 +144,7 @@ pub async fn run(container: &RunningContainer, args: Vec<String>, timeout: Optio
     let (_input, mut output) = Exec::start(container, args, false, false).await?.split();
     let collect = async {
         let mut finished = Finished::default();
+        let mut room = OUTPUT_BYTES;
         loop {
             let (all, data) = match output.next().await? {
                 ExecEvent::Output(Output::Stdout(data)) => (&mut finished.stdout, data),
@@ -153,8 +154,9 @@ pub async fn run(container: &RunningContainer, args: Vec<String>, timeout: Optio
                     return Ok(finished);
                 }
             };
-            let room = OUTPUT_BYTES - all.len();
-            all.extend_from_slice(&data[..data.len().min(room)]);
+            let taken = data.len().min(room);
+            all.extend_from_slice(&data[..taken]);
+            room -= taken;
         }
     };
     match timeout {

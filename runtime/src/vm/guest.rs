@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 
 /// Time for the first frame of a connection.
 const HELLO_DEADLINE: Duration = Duration::from_secs(20);
@@ -306,13 +307,14 @@ impl Door {
         self.lock().remove(&cid);
     }
 
-    /// Serves connections until the sender of `incoming` is gone.
+    /// Serves connections until the sender of `incoming` is gone; dropping this future breaks them all.
     pub async fn serve(self, mut incoming: mpsc::Receiver<Dialled>) {
+        let mut connections = JoinSet::new();
         while let Some((cid, stream)) = incoming.recv().await {
+            while connections.try_join_next().is_some() {}
             let link = self.lock().get(&cid).cloned();
             match link {
-                // Ends with the connection, which the guest's end or the close of the link brings about.
-                Some(link) => drop(tokio::spawn(greet(link, stream))),
+                Some(link) => drop(connections.spawn(greet(link, stream))),
                 None => tracing::warn!(cid = cid.get(), "refused a connection from an unknown guest"),
             }
         }

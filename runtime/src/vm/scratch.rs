@@ -36,7 +36,7 @@ impl Scratch {
 
     /// A new disk at `path`, opened read-write.
     pub async fn copy_to(&self, path: &Path) -> Result<File> {
-        self.made.get_or_try_init(|| self.make_template()).await?;
+        self.prepare().await?;
         let (template, path) = (self.template.clone(), path.to_owned());
         let copy = tokio::task::spawn_blocking(move || {
             sparse_copy(&template, &path).map_err(Error::io("make scratch disk", &path))
@@ -44,8 +44,12 @@ impl Scratch {
         copy.await.map_err(|e| Error::Invalid(e.to_string()))?
     }
 
-    /// Makes the template where it is missing.
-    pub async fn make_template(&self) -> Result<()> {
+    /// Makes the template where it is missing; callers at the same time wait for one making.
+    pub async fn prepare(&self) -> Result<()> {
+        self.made.get_or_try_init(|| self.make_template()).await.map(|_| ())
+    }
+
+    async fn make_template(&self) -> Result<()> {
         if self.template.metadata().is_ok_and(|m| m.len() == self.bytes) {
             return Ok(());
         }

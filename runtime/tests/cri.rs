@@ -1,0 +1,265 @@
+//! The runtime through its real gRPC socket, on a host that is a test.
+
+mod fake;
+
+use atoll_cri::v1::*;
+use fake::{Fixture, IMAGE};
+use std::time::Duration;
+use tonic::Code;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_pod_through_its_life() {
+    let fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let mut events = client.runtime.get_container_events(GetEventsRequest {}).await.unwrap().into_inner();
+    let sandbox = client.sandbox("life").await;
+    let status = client.sandbox_status(&sandbox).await;
+    assert_eq!(status.state(), PodSandboxState::SandboxReady);
+    assert_eq!(status.network.unwrap().ip, "10.9.0.1");
+
+    let done = client.run(&sandbox, "done", &["echo", "hello"]).await;
+    let ended = client.ended(&done).await;
+    assert_eq!((ended.exit_code, ended.reason.as_str(), ended.finished_at), (0, "Completed", 42));
+    let log = std::fs::read_to_string(&ended.log_path).unwrap();
+    assert!(log.contains(" stdout F hello\n") && log.contains(" stderr F oops\n"), "{log}");
+
+    let main = client.run(&sandbox, "main", &["sleep"]).await;
+    let answer = client.exec(&main, &["echo", "exec"], 5).await.unwrap();
+    assert_eq!((answer.stdout, answer.stderr, answer.exit_code), (b"exec\n".to_vec(), b"oops\n".to_vec(), 0));
+    assert_eq!(client.exec(&main, &["exit", "3"], 5).await.unwrap().exit_code, 3);
+    client.stop_container(&main, 5).await;
+    assert_eq!(client.status(&main).await.exit_code, 143);
+    for _ in 0..2 {
+        client.stop_container(&main, 5).await;
+        client.remove_container(&main).await;
+        client.stop_sandbox(&sandbox).await;
+    }
+    assert_eq!(client.sandbox_status(&sandbox).await.state(), PodSandboxState::SandboxNotready);
+    for _ in 0..2 {
+        client.remove_sandbox(&sandbox).await;
+    }
+    assert!(fixture.host.is_clean());
+    assert_eq!(std::fs::read_dir(fixture.config.sandboxes()).unwrap().filter(|e| e.as_ref().unwrap().path().is_dir()).count(), 0);
+
+    let mut kinds = Vec::new();
+    while kinds.len() < 11 {
+        let event = tokio::time::timeout(Duration::from_secs(5), events.message()).await;
+        let Ok(Ok(Some(event))) = event else { break };
+        kinds.push((event.container_id == sandbox, event.container_event_type()));
+    }
+    use ContainerEventType::*;
+    assert_eq!(kinds[..2], [(true, ContainerCreatedEvent), (true, ContainerStartedEvent)]);
+    assert_eq!(kinds.last(), Some(&(true, ContainerDeletedEvent)));
+    let own = |kind| kinds.iter().filter(|k| **k == (false, kind)).count();
+    assert_eq!((own(ContainerCreatedEvent), own(ContainerStartedEvent), own(ContainerStoppedEvent)), (2, 2, 2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_that_ignores_its_signal_is_killed_and_an_oom_is_seen() {
+    let fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let sandbox = client.sandbox("kill").await;
+    let stubborn = client.run(&sandbox, "stubborn", &["stubborn"]).await;
+    client.stop_container(&stubborn, 1).await;
+    assert_eq!(client.status(&stubborn).await.exit_code, 137);
+    let oom = client.run(&sandbox, "oom", &["exit", "99"]).await;
+    assert_eq!(client.ended(&oom).await.reason, "OOMKilled");
+    let missing = client.create(&sandbox, "missing", &["missing"]).await;
+    let request = StartContainerRequest { container_id: missing.clone() };
+    assert!(client.runtime.start_container(request).await.is_err());
+    let status = client.status(&missing).await;
+    assert_eq!((status.state(), status.exit_code, status.reason.as_str()), (ContainerState::ContainerExited, 127, "StartError"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn exec_has_a_deadline() {
+    let fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let sandbox = client.sandbox("exec").await;
+    let main = client.run(&sandbox, "main", &["sleep"]).await;
+    let error = client.exec(&main, &["sleep"], 1).await.unwrap_err();
+    assert_eq!(error.code(), Code::DeadlineExceeded);
+    assert!(client.exec(&main, &["missing"], 1).await.is_err());
+    let big = client.exec(&main, &["spew", "20000000"], 30).await.unwrap();
+    assert_eq!(big.stdout.len(), (16 << 20) - (64 << 10));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_launch_that_fails_at_any_step_leaves_nothing() {
+    let fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    for step in ["check", "network", "spawn", "boot"] {
+        *fixture.host.broken.lock().unwrap() = Some(step);
+        let config = client.sandbox_config("broken");
+        let error = client.sandbox_with(config).await.unwrap_err();
+        assert!(!error.message().is_empty(), "{step}");
+        assert!(fixture.host.is_clean(), "{step} leaks");
+        let left = client.runtime.list_pod_sandbox(ListPodSandboxRequest::default()).await.unwrap();
+        assert_eq!(left.into_inner().items.len(), 0, "{step}");
+    }
+    let status = client.runtime.status(StatusRequest::default()).await.unwrap().into_inner().status.unwrap();
+    assert!(status.conditions.iter().all(|c| c.status));
+    *fixture.host.broken.lock().unwrap() = Some("check");
+    let status = client.runtime.status(StatusRequest::default()).await.unwrap().into_inner().status.unwrap();
+    assert!(!status.conditions[0].status && status.conditions[0].message.contains("/dev/kvm"));
+    *fixture.host.broken.lock().unwrap() = None;
+    client.sandbox("broken").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_death_of_a_vm_is_seen_at_once() {
+    let fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let sandbox = client.sandbox("death").await;
+    let main = client.run(&sandbox, "main", &["sleep"]).await;
+    fixture.host.vmm(&sandbox).end(2);
+    let status = client.ended(&main).await;
+    assert_eq!(status.exit_code, 255);
+    assert!(status.message.contains("status 2"), "{}", status.message);
+    assert_eq!(client.sandbox_status(&sandbox).await.state(), PodSandboxState::SandboxNotready);
+    assert!(client.exec(&main, &["echo"], 1).await.is_err());
+    client.remove_sandbox(&sandbox).await;
+    assert!(fixture.host.is_clean());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pods_survive_a_restart_of_the_runtime() {
+    let mut fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let sandbox = client.sandbox("survivor").await;
+    let dead = client.sandbox("dead").await;
+    let victim = client.run(&dead, "main", &["sleep"]).await;
+    let running = client.run(&sandbox, "running", &["cat"]).await;
+    let made = client.create(&sandbox, "made", &["echo", "after"]).await;
+    let ended = client.run(&sandbox, "ended", &["exit", "4"]).await;
+    client.ended(&ended).await;
+
+    fixture.app.take().unwrap().stop().await;
+    let vmm = fixture.host.taken.lock().unwrap().vmms.remove(&dead).unwrap();
+    vmm.end(0);
+    fixture.start().await;
+
+    let mut client = fixture.client().await;
+    assert_eq!(client.sandbox_status(&sandbox).await.state(), PodSandboxState::SandboxReady);
+    assert_eq!(client.sandbox_status(&dead).await.state(), PodSandboxState::SandboxNotready);
+    assert_eq!(client.status(&victim).await.exit_code, 255);
+    assert_eq!(client.status(&running).await.state(), ContainerState::ContainerRunning);
+    assert_eq!(client.status(&ended).await.exit_code, 4);
+    assert_eq!(client.exec(&running, &["echo", "still there"], 5).await.unwrap().stdout, b"still there\n");
+    client.start(&made).await;
+    let status = client.ended(&made).await;
+    assert!(std::fs::read_to_string(&status.log_path).unwrap().contains("stdout F after"));
+    // A new pod gets an address of its own.
+    let other = client.sandbox("other").await;
+    let (ours, theirs) =
+        (client.sandbox_status(&sandbox).await.network.unwrap().ip, client.sandbox_status(&other).await.network.unwrap().ip);
+    assert_ne!(ours, theirs);
+    client.stop_container(&running, 5).await;
+    assert_eq!(client.status(&running).await.exit_code, 143);
+    for id in [&sandbox, &dead, &other] {
+        client.remove_sandbox(id).await;
+    }
+    assert!(fixture.host.is_clean());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn volumes_are_sent_and_sent_again_and_copied_back() {
+    let fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let sandbox = client.sandbox("volumes").await;
+    let tree = fixture.directory.path().join("tree");
+    std::fs::create_dir_all(tree.join("..1")).unwrap();
+    std::os::unix::fs::symlink("..1", tree.join("..data")).unwrap();
+    let file = fixture.directory.path().join("termination");
+    std::fs::write(&file, "").unwrap();
+    let mount = |host: &std::path::Path, to: &str, readonly| Mount {
+        host_path: host.display().to_string(),
+        container_path: to.into(),
+        readonly,
+        ..Default::default()
+    };
+    let mut config = client.container_config("main", &["sleep"]);
+    config.mounts = vec![mount(&tree, "/config", true), mount(&file, "/dev/termination-log", false)];
+    let id = client.create_with(&sandbox, config).await.unwrap();
+    client.start(&id).await;
+
+    // The fake counts published trees in the number of processes.
+    let published = async |client: &mut fake::Client, expected: u64| {
+        loop {
+            let request = PodSandboxStatsRequest { pod_sandbox_id: sandbox.clone() };
+            let stats = client.runtime.pod_sandbox_stats(request).await.unwrap().into_inner().stats.unwrap();
+            if stats.linux.unwrap().process.unwrap().process_count.unwrap().value == expected {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let deadline = Duration::from_secs(10);
+    tokio::time::timeout(deadline, published(&mut client, 1)).await.expect("not published");
+    std::os::unix::fs::symlink("..1", tree.join("..data_tmp")).unwrap();
+    std::fs::rename(tree.join("..data_tmp"), tree.join("..data")).unwrap();
+    tokio::time::timeout(deadline, published(&mut client, 2)).await.expect("not published again");
+
+    client.stop_container(&id, 5).await;
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "from the container");
+    let mut config = client.container_config("refused", &["sleep"]);
+    config.mounts = vec![mount(&tree, "/config", false)];
+    let error = client.create_with(&sandbox, config).await.unwrap_err();
+    assert_eq!(error.code(), Code::InvalidArgument);
+    assert!(error.message().contains("emptyDir"), "{}", error.message());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_pods_at_once() {
+    let fixture = Fixture::new().await;
+    let client = fixture.client().await;
+    let pods = (0..20).map(|n| {
+        let mut runtime = client.runtime.clone();
+        let config = client.sandbox_config(&format!("pod-{n}"));
+        async move {
+            let request = RunPodSandboxRequest { config: Some(config), ..Default::default() };
+            let id = runtime.run_pod_sandbox(request).await.unwrap().into_inner().pod_sandbox_id;
+            let request = RemovePodSandboxRequest { pod_sandbox_id: id };
+            runtime.remove_pod_sandbox(request).await.unwrap();
+        }
+    });
+    futures_util::future::join_all(pods).await;
+    assert!(fixture.host.is_clean());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lists_statistics_images_and_what_is_not_there() {
+    let fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let sandbox = client.sandbox("lists").await;
+    let main = client.run(&sandbox, "main", &["sleep"]).await;
+    let config = client.sandbox_config("lists");
+    assert_eq!(client.sandbox_with(config).await.unwrap_err().code(), Code::AlreadyExists);
+
+    let filter = ContainerFilter {
+        state: Some(ContainerStateValue { state: ContainerState::ContainerRunning.into() }),
+        ..Default::default()
+    };
+    let list = client.runtime.list_containers(ListContainersRequest { filter: Some(filter) }).await.unwrap();
+    assert_eq!(list.into_inner().containers[0].id, main);
+    let mut stream = client.runtime.stream_containers(StreamContainersRequest::default()).await.unwrap().into_inner();
+    assert_eq!(stream.message().await.unwrap().unwrap().containers.len(), 1);
+    assert!(stream.message().await.unwrap().is_none());
+    let stats = client.runtime.container_stats(ContainerStatsRequest { container_id: main.clone() }).await.unwrap();
+    assert_eq!(stats.into_inner().stats.unwrap().memory.unwrap().usage_bytes.unwrap().value, 11);
+    let images = client.images.list_images(ListImagesRequest::default()).await.unwrap().into_inner().images;
+    assert_eq!(images[0].repo_tags, [IMAGE]);
+    let request = CheckpointContainerRequest { container_id: main.clone(), ..Default::default() };
+    let error = client.runtime.checkpoint_container(request).await.unwrap_err();
+    assert_eq!(error.code(), Code::Unimplemented);
+    let request = UpdateContainerResourcesRequest {
+        container_id: main.clone(),
+        linux: Some(LinuxContainerResources { memory_limit_in_bytes: 77, ..Default::default() }),
+        ..Default::default()
+    };
+    client.runtime.update_container_resources(request).await.unwrap();
+    assert_eq!(client.status(&main).await.resources.unwrap().linux.unwrap().memory_limit_in_bytes, 77);
+    let request = ContainerStatusRequest { container_id: "nothing".into(), verbose: false };
+    assert_eq!(client.runtime.container_status(request).await.unwrap_err().code(), Code::NotFound);
+    client.runtime.reopen_container_log(ReopenContainerLogRequest { container_id: main }).await.unwrap();
+}

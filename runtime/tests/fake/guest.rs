@@ -1,0 +1,265 @@
+//! A guest whose programs are a few words: `echo TEXT`, `exit CODE`, `cat`, `sleep`, `stubborn`, `spew BYTES`, `sizes`.
+
+use super::{Exchange, FakeVmm};
+use atoll_runtime::vm::wire::{read_frame, read_packet, write_packets};
+use atoll_spec::guest::*;
+use atoll_spec::ids::ContainerId;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::sync::{mpsc, watch};
+
+struct Container {
+    spec: ContainerSpec,
+    phase: ContainerPhase,
+    signal: watch::Sender<i32>,
+}
+
+#[derive(Default)]
+struct State {
+    containers: BTreeMap<ContainerId, Container>,
+    events: Vec<(u64, Event)>,
+    sequence: u64,
+    trees: BTreeMap<String, usize>,
+}
+
+#[derive(Clone)]
+struct Guest {
+    exchange: Exchange,
+    vmm: FakeVmm,
+    state: Arc<Mutex<State>>,
+    out: Arc<Mutex<Option<mpsc::UnboundedSender<FromGuest>>>>,
+}
+
+/// Boots: dials, serves, dials again when the connection breaks, until its VM ends.
+pub async fn run(exchange: Exchange, vmm: FakeVmm) {
+    let guest = Guest { exchange, vmm: vmm.clone(), state: Arc::default(), out: Arc::default() };
+    let life = async {
+        loop {
+            let mut stream = guest.exchange.dial(guest.vmm.cid).await;
+            if send(&mut stream, &Hello::Control { protocol: PROTOCOL, ready_us: 1 }).await.is_ok() {
+                guest.serve(stream).await;
+            }
+        }
+    };
+    tokio::select! { () = life => {}, () = vmm.ended() => {} }
+}
+
+async fn send(to: &mut (impl AsyncWriteExt + Unpin), message: &impl serde::Serialize) -> std::io::Result<()> {
+    to.write_all(&atoll_runtime::vm::wire::frame(message)?).await
+}
+
+impl Guest {
+    async fn serve(&self, stream: UnixStream) {
+        let (mut from, mut to) = stream.into_split();
+        let (out, mut outgoing) = mpsc::unbounded_channel();
+        for (sequence, event) in self.state.lock().unwrap().events.clone() {
+            let _ = out.send(FromGuest::Event { sequence, event });
+        }
+        *self.out.lock().unwrap() = Some(out.clone());
+        tokio::spawn(async move {
+            while let Some(message) = outgoing.recv().await {
+                if send(&mut to, &message).await.is_err() {
+                    return;
+                }
+            }
+        });
+        while let Ok(Some(Request { id, call })) = read_frame::<Request>(&mut from).await {
+            let (guest, out) = (self.clone(), out.clone());
+            tokio::spawn(async move {
+                let result = guest.call(call).await;
+                let _ = out.send(FromGuest::Answer { id, result });
+            });
+        }
+    }
+
+    async fn stream(&self, number: u64) -> UnixStream {
+        let mut stream = self.exchange.dial(self.vmm.cid).await;
+        send(&mut stream, &Hello::Stream { stream: number }).await.unwrap();
+        stream
+    }
+
+    async fn call(&self, call: Call) -> Result<Reply, GuestError> {
+        match call {
+            Call::Configure(_) | Call::UpdateLimits { .. } => Ok(Reply::Done),
+            Call::CreateContainer(spec) => {
+                let container =
+                    Container { phase: ContainerPhase::Created, signal: watch::Sender::new(0), spec: *spec };
+                self.state.lock().unwrap().containers.insert(container.spec.container.clone(), container);
+                Ok(Reply::Done)
+            }
+            Call::StartContainer { container } => self.start(container).await,
+            Call::SignalContainer { container, signal, .. } => {
+                self.with(&container, |c| {
+                    c.signal.send_replace(signal);
+                    Ok(Reply::Done)
+                })
+            }
+            Call::RemoveContainer { container } => {
+                let removed = self.state.lock().unwrap().containers.remove(&container);
+                removed.map(|_| Reply::Done).ok_or_else(|| error(GuestErrorKind::NotFound))
+            }
+            Call::OpenStdio { container, stream } => {
+                let stream = self.stream(stream).await;
+                let args = self.with(&container, |c| Ok(c.spec.process.args.clone()))?;
+                let signal = self.with(&container, |c| Ok(c.signal.subscribe()))?;
+                tokio::spawn(program(args, stream, signal));
+                Ok(Reply::Done)
+            }
+            Call::Exec(spec) => {
+                let kind = match spec.process.args[0].as_str() {
+                    "missing" => return Err(error(GuestErrorKind::CommandNotFound)),
+                    _ => spec.process.args,
+                };
+                let mut stream = self.stream(spec.stream).await;
+                tokio::spawn(async move {
+                    let (_keep, signal) = watch::channel(0);
+                    let code = program(kind, &mut stream, signal).await;
+                    let _ = write_packets(&mut stream, Channel::Exit, &code.to_le_bytes()).await;
+                });
+                Ok(Reply::Started { pid: 9 })
+            }
+            Call::PublishTree { tree, stream } => {
+                let mut stream = self.stream(stream).await;
+                let mut tar = Vec::new();
+                stream.read_to_end(&mut tar).await.unwrap();
+                *self.state.lock().unwrap().trees.entry(tree).or_default() += 1;
+                Ok(Reply::Done)
+            }
+            Call::ReadFile { .. } => Ok(Reply::File { base64: STANDARD.encode("from the container") }),
+            Call::Stats => Ok(Reply::Stats(Box::new(self.stats()))),
+            Call::List => {
+                let state = self.state.lock().unwrap();
+                let list = state.containers.iter();
+                let containers = list.map(|(id, c)| ContainerState { container: id.clone(), phase: c.phase });
+                Ok(Reply::Containers { containers: containers.collect() })
+            }
+            Call::AckEvents { sequence } => {
+                self.state.lock().unwrap().events.retain(|(s, _)| *s > sequence);
+                Ok(Reply::Done)
+            }
+            Call::KillExec { .. } => Ok(Reply::Done),
+            Call::PowerOff => {
+                self.vmm.end(0);
+                Ok(Reply::Done)
+            }
+        }
+    }
+
+    fn with<T>(
+        &self,
+        id: &ContainerId,
+        work: impl FnOnce(&mut Container) -> Result<T, GuestError>,
+    ) -> Result<T, GuestError> {
+        let mut state = self.state.lock().unwrap();
+        state.containers.get_mut(id).map(work).unwrap_or_else(|| Err(error(GuestErrorKind::NotFound)))
+    }
+
+    fn stats(&self) -> GuestStats {
+        let state = self.state.lock().unwrap();
+        let usage = Usage { memory_bytes: 11, pids: state.trees.values().sum::<usize>() as u64, ..Usage::default() };
+        let containers = state.containers.keys().map(|id| (id.to_string(), usage)).collect();
+        GuestStats { total: usage, containers, ..GuestStats::default() }
+    }
+
+    async fn start(&self, id: ContainerId) -> Result<Reply, GuestError> {
+        let (args, number) = self.with(&id, |c| Ok((c.spec.process.args.clone(), c.spec.stdio_stream)))?;
+        if args[0] == "missing" {
+            return Err(error(GuestErrorKind::CommandNotFound));
+        }
+        let mut stream = self.stream(number).await;
+        let signal = self.with(&id, |c| {
+            c.phase = ContainerPhase::Running { pid: 7 };
+            Ok(c.signal.subscribe())
+        })?;
+        let guest = self.clone();
+        tokio::spawn(async move {
+            // The process outlives its stream: what it would print then is lost in this fake.
+            let mut again = signal.clone();
+            let mut code = program(args, &mut stream, signal).await;
+            drop(stream);
+            if code == BROKEN {
+                let _ = again.wait_for(|s| *s != 0).await;
+                code = 128 + *again.borrow();
+            }
+            guest.exited(&id, code);
+        });
+        Ok(Reply::Started { pid: 7 })
+    }
+
+    fn exited(&self, id: &ContainerId, code: i32) {
+        let exit = Exit { code, oom_killed: code == 99, at_unix_ns: 42 };
+        let mut state = self.state.lock().unwrap();
+        if let Some(container) = state.containers.get_mut(id) {
+            container.phase = ContainerPhase::Exited { exit };
+        }
+        state.sequence += 1;
+        let (sequence, event) = (state.sequence, Event::Exited { container: id.clone(), exit });
+        state.events.push((sequence, event.clone()));
+        if let Some(out) = &*self.out.lock().unwrap() {
+            let _ = out.send(FromGuest::Event { sequence, event });
+        }
+    }
+}
+
+fn error(kind: GuestErrorKind) -> GuestError {
+    GuestError { kind, message: format!("fake: {kind:?}") }
+}
+
+/// Exit code of a program whose stream broke under it.
+const BROKEN: i32 = -99;
+
+/// Runs a program on a stream until it ends or is signalled; answers its exit code.
+async fn program<S>(args: Vec<String>, mut stream: S, mut signal: watch::Receiver<i32>) -> i32
+where
+    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
+{
+    let stubborn = args[0] == "stubborn";
+    let work = async {
+        match args[0].as_str() {
+            "echo" => {
+                let text = args[1..].join(" ") + "\n";
+                write_packets(&mut stream, Channel::Stdout, text.as_bytes()).await?;
+                write_packets(&mut stream, Channel::Stderr, b"oops\n").await?;
+                Ok(0)
+            }
+            "exit" => Ok(args[1].parse().unwrap()),
+            "spew" => {
+                let data = vec![b'x'; args[1].parse().unwrap()];
+                write_packets(&mut stream, Channel::Stdout, &data).await?;
+                Ok(0)
+            }
+            "cat" | "sizes" => loop {
+                match read_packet(&mut stream).await? {
+                    Some((Channel::Stdin, data)) if data.is_empty() => return Ok(0),
+                    Some((Channel::Stdin, data)) => write_packets(&mut stream, Channel::Stdout, &data).await?,
+                    Some((Channel::Resize, data)) => {
+                        let text = format!("{}x{}\n", data[0], data[2]);
+                        write_packets(&mut stream, Channel::Stdout, text.as_bytes()).await?;
+                    }
+                    Some(_) => {}
+                    None => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+                }
+            },
+            _ => loop {
+                if read_packet(&mut stream).await?.is_none() {
+                    return Err(std::io::ErrorKind::UnexpectedEof.into());
+                }
+            },
+        }
+    };
+    let code: std::io::Result<i32> = tokio::select! {
+        code = work => code,
+        received = signal.wait_for(|s| *s != 0 && (!stubborn || *s == 9)) => {
+            received.map(|s| 128 + *s).map_err(|_| std::io::ErrorKind::BrokenPipe.into())
+        }
+    };
+    let Ok(code) = code else { return BROKEN };
+    for channel in [Channel::Stdout, Channel::Stderr] {
+        let _ = write_packets(&mut stream, channel, &[]).await;
+    }
+    code
+}
