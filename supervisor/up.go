@@ -81,6 +81,9 @@ func up(l layout, s settings) error {
 		return err
 	}
 	defer unlock()
+	if err := checkListen(s); err != nil {
+		return err
+	}
 	if err := l.keep(s); err != nil {
 		return err
 	}
@@ -116,6 +119,15 @@ func lock(path string) (func(), error) {
 		return nil, errors.Join(fmt.Errorf("another Supervisor runs on %s: stop it, or choose another --data", filepath.Dir(path)), file.Close())
 	}
 	return func() { _ = file.Close() }, nil // closing gives the lock back; the process ends next
+}
+
+// checkListen finds out at once what the API server would otherwise say in its log, again and again.
+func checkListen(s settings) error {
+	listener, err := net.Listen("tcp", net.JoinHostPort(s.Address, strconv.Itoa(s.Port)))
+	if err != nil {
+		return fmt.Errorf("cannot serve on %s: %w: --address must be an address of this machine, and --port free", s.server(), err)
+	}
+	return listener.Close()
 }
 
 // run starts the components in order, waits for ctx, and stops them in the opposite order.
