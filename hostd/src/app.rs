@@ -98,7 +98,7 @@ async fn prepare_storage(
 ) {
     notifier.status("preparing storage");
     loop {
-        match prepare::prepare(options).await {
+        match prepare::prepare(options, |text| notifier.status(text)).await {
             Ok(storage) => {
                 status.storage = storage.summary;
                 status.persistent = storage.persistent;

@@ -177,6 +177,8 @@ impl Host {
         self.status.set_problems(Area::Network, self.view.problems.clone());
         let leased = Leased::of(&self.links.held());
         self.note_links(&leased);
+        let resolv_conf = publish::resolv_conf(&self.machine, &leased.dns, &leased.domains);
+        let resolver = publish::write_resolv_conf(&self.options.run, &resolv_conf);
         self.note_time_servers(&leased);
         let addresses = host_addresses(&self.view.desired, &self.view.links);
         let was_ready = self.status.ready;
@@ -184,10 +186,9 @@ impl Host {
             self.say_what_is_missing(&addresses);
             self.status.ready = true;
         }
-        if self.status.ready {
-            let published = self.publish(addresses, leased);
-            self.status.set_problems(Area::Files, published.err().map(|error| chain(&error)));
-        }
+        let published = if self.status.ready { self.publish(addresses, leased) } else { Ok(()) };
+        let failed = [resolver, published].into_iter().filter_map(Result::err);
+        self.status.set_problems(Area::Files, failed.map(|error| chain(&error)));
         match (was_ready, self.status.ready) {
             (false, true) => notifier.ready(&self.status.summary()),
             _ if *told.borrow() != self.status => notifier.status(&self.status.summary()),
@@ -286,8 +287,6 @@ impl Host {
             clock_synchronised: matches!(self.status.clock, Clock::Synchronised { .. }),
             machine_id: self.machine_id.clone(),
             system: self.status.system.clone(),
-            leased_dns: leased.dns,
-            leased_domains: leased.domains,
         };
         Publication::new(&self.machine, facts).write(&self.options.run)
     }

@@ -61,13 +61,17 @@ async fn wait_for_disk(options: &Options) -> Result<Observed> {
 }
 
 /// Plans and does it all; a step that fails ends it, because each needs those before it. Growing is not needed.
-pub async fn prepare(options: &Options) -> Result<Storage> {
+/// `tell` is told what is being done, for it may take minutes on a large disk.
+pub async fn prepare(options: &Options, tell: impl Fn(&str)) -> Result<Storage> {
     let (plan, summary) = plan_storage(options).await?;
     let mut notes = plan.notes;
     for step in &plan.steps {
         match step {
             Step::Directory { .. } => tracing::debug!("{step}"),
-            _ => tracing::info!("{step}"),
+            _ => {
+                tracing::info!("{step}");
+                tell(&step.to_string());
+            }
         }
         match (apply::storage::apply(step).await, step) {
             (Ok(()), _) => {}

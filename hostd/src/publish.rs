@@ -1,4 +1,7 @@
 //! What hostd tells the agent, the runtime and the resolver: made from config, leases and clock (pure), then written.
+//!
+//! The resolver is told at once, because time servers and the config's URL may be names. Agent and runtime start when
+//! hostd is ready and are told then.
 
 use crate::error::Result;
 use crate::files::{self, Durability};
@@ -15,8 +18,6 @@ pub struct Publication {
     pub agent: AgentConfig,
     /// For the runtime.
     pub registries: RegistriesConfig,
-    /// For the resolver.
-    pub resolv_conf: String,
 }
 
 /// What is known of the host, beyond the config.
@@ -32,19 +33,11 @@ pub struct Facts {
     pub machine_id: String,
     /// The system's name and version.
     pub system: String,
-    /// Name servers of the leases.
-    pub leased_dns: Vec<IpAddr>,
-    /// Domains of the leases.
-    pub leased_domains: Vec<String>,
 }
 
 impl Publication {
     /// Puts config and facts together.
     pub fn new(machine: &Machine, facts: Facts) -> Self {
-        let resolv_conf = resolv_conf(
-            &name_servers(machine, &facts.leased_dns),
-            machine.dns_search.iter().chain(&facts.leased_domains),
-        );
         let agent = AgentConfig {
             node_name: facts.node,
             addresses: facts.addresses,
@@ -70,7 +63,7 @@ impl Publication {
             };
             (host.clone(), config)
         });
-        Self { agent, registries: RegistriesConfig { registries: registries.collect() }, resolv_conf }
+        Self { agent, registries: RegistriesConfig { registries: registries.collect() } }
     }
 
     /// Writes what changed. The agent's file holds a token and the runtime's may hold passwords: owners only.
@@ -83,7 +76,6 @@ impl Publication {
         let agent = serde_json::to_vec_pretty(&self.agent).map_err(as_io)?;
         let registries = serde_json::to_vec_pretty(&self.registries).map_err(as_io)?;
         let volatile = Durability::Volatile;
-        files::keep(&run.join("net/resolv.conf"), self.resolv_conf.as_bytes(), 0o644, None, volatile)?;
         let hostname = format!("{}\n", self.agent.node_name);
         files::keep(&run.join("net/hostname"), hostname.as_bytes(), 0o644, None, volatile)?;
         files::keep(&run.join("runtime/registries.json"), &registries, 0o400, None, volatile)?;
@@ -107,16 +99,22 @@ fn distinct<'a, T: Clone + PartialEq + 'a>(items: impl Iterator<Item = &'a T>, m
     out
 }
 
-fn resolv_conf<'a>(servers: &[IpAddr], search: impl Iterator<Item = &'a String>) -> String {
+/// The resolver's file: servers and domains of the config before those of the leases.
+pub fn resolv_conf(machine: &Machine, leased_dns: &[IpAddr], leased_domains: &[String]) -> String {
     let mut text = String::new();
-    let search = distinct(search, 6);
+    let search = distinct(machine.dns_search.iter().chain(leased_domains), 6);
     if !search.is_empty() {
         text += &format!("search {}\n", search.join(" "));
     }
-    for server in servers {
+    for server in name_servers(machine, leased_dns) {
         text += &format!("nameserver {server}\n");
     }
     text + "options timeout:2 attempts:2\n"
+}
+
+/// Writes the resolver's file when it changed.
+pub fn write_resolv_conf(run: &Path, text: &str) -> Result<()> {
+    files::keep(&run.join("net/resolv.conf"), text.as_bytes(), 0o644, None, Durability::Volatile).map(drop)
 }
 
 /// The node's name: the config's, else the one used before, else DHCP's, else one made from the machine id.
@@ -142,8 +140,6 @@ mod tests {
             clock_synchronised: true,
             machine_id: "0".repeat(32),
             system: "Atoll 0.1.0".into(),
-            leased_dns: vec!["10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap()],
-            leased_domains: vec!["lab.example".into()],
         }
     }
 
@@ -154,7 +150,8 @@ mod tests {
             dns_search: vec!["example.org".into()],
             ..Machine::default()
         };
-        let found = Publication::new(&machine, facts()).resolv_conf;
+        let leased = ["10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap()];
+        let found = resolv_conf(&machine, &leased, &["lab.example".into()]);
         assert_eq!(
             found,
             "search example.org lab.example\nnameserver 192.0.2.53\nnameserver 10.0.0.1\nnameserver 10.0.0.2\noptions \

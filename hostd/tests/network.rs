@@ -69,8 +69,8 @@ fn a_host_with_dhcp_and_time_gets_ready_and_renews() {
     let mut hostd = lab.hostd(&[]);
     let mut buffer = [0; 4096];
     loop {
-        let length = notify.recv(&mut buffer).expect("READY=1 within 20 s");
-        if buffer[..length].starts_with(b"READY=1\nSTATUS=1 addresses, clock synchronised") {
+        let Ok(length) = notify.recv(&mut buffer) else { panic!("READY=1 not within 20 s\n{}", lab.read("hostd.log")) };
+        if buffer[..length].starts_with(b"READY=1\nSTATUS=1 address, clock synchronised") {
             break;
         }
     }
@@ -176,12 +176,17 @@ fn a_config_from_a_url_wins_and_is_kept() {
 #[test]
 fn a_url_that_does_not_answer_falls_back_to_the_last_good_config() {
     let mut lab = Lab::new();
-    lab.dnsmasq(&["--dhcp-range=10.9.0.50,10.9.0.60,255.255.255.0,2m"]);
+    let dns = "--dhcp-option=option:dns-server,10.9.0.1";
+    lab.dnsmasq(&["--dhcp-range=10.9.0.50,10.9.0.60,255.255.255.0,2m", dns]);
     std::fs::create_dir(lab.path("state/machine")).unwrap();
     std::fs::write(lab.path("state/machine/machine.yaml"), machine("hostname: kept\n")).unwrap();
     std::fs::write(lab.path("cmdline"), "atoll.config=http://10.9.0.1/machine.yaml\n").unwrap();
     std::fs::write(lab.path("esp/machine.yaml"), machine("hostname: from-esp\n")).unwrap();
     let _hostd = lab.hostd(&["--network-deadline", "4"]);
+    wait_for("the resolver's file", 20, || {
+        lab.read("run/net/resolv.conf").contains("nameserver").then_some(())
+    });
+    assert!(!lab.path("run/agent/config.json").exists(), "the URL may be a name: the resolver comes first");
     lab.expect("cannot fetch http://10.9.0.1/machine.yaml: cannot connect", 20);
     lab.expect("the last good config is used instead", 10);
     wait_for("the agent's config", 10, || lab.path("run/agent/config.json").exists().then_some(()));
