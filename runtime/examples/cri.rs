@@ -66,19 +66,23 @@ async fn run(mut args: Vec<String>) -> Result<()> {
         ["exec", id] => client.exec(id, command).await.map(|code| std::process::exit(code)),
         ["stop", id] => {
             let request = StopContainerRequest { container_id: id.into(), timeout: 5 };
-            Ok(drop(client.runtime.stop_container(request).await?))
+            client.runtime.stop_container(request).await?;
+            Ok(())
         }
         ["rm", id] => {
             let request = RemoveContainerRequest { container_id: id.into() };
-            Ok(drop(client.runtime.remove_container(request).await?))
+            client.runtime.remove_container(request).await?;
+            Ok(())
         }
         ["stopp", id] => {
             let request = StopPodSandboxRequest { pod_sandbox_id: id.into() };
-            Ok(drop(client.runtime.stop_pod_sandbox(request).await?))
+            client.runtime.stop_pod_sandbox(request).await?;
+            Ok(())
         }
         ["rmp", id] => {
             let request = RemovePodSandboxRequest { pod_sandbox_id: id.into() };
-            Ok(drop(client.runtime.remove_pod_sandbox(request).await?))
+            client.runtime.remove_pod_sandbox(request).await?;
+            Ok(())
         }
         ["pods"] | ["ps"] | ["images"] | ["stats"] => client.list(words[0]).await,
         ["events"] => client.events().await,
@@ -224,7 +228,9 @@ impl Client {
         step("pulled");
         let (sandbox, container) = self.run_pod("smoke", image, command).await?;
         step("running");
-        let code = self.exec(&container, vec!["/bin/sh".into(), "-c".into(), "echo exec works; exit 3".into()]).await?;
+        let code = self
+            .exec(&container, vec!["/bin/sh".into(), "-c".into(), "echo exec works; exit 3".into()])
+            .await?;
         step(&format!("exec ended with {code}"));
         self.list("pods").await?;
         self.list("ps").await?;

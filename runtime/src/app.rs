@@ -79,7 +79,8 @@ impl App {
             }
         });
         let base = streaming.base().to_owned();
-        let sessions = streaming::serve(streaming_listener, streaming.clone(), service.clone(), stopped.clone());
+        let sessions =
+            streaming::serve(streaming_listener, streaming.clone(), service.clone(), stopped.clone());
         let sessions = tokio::spawn(sessions);
         let listener = server::bind(&config.socket, config.socket_gid)?;
         let served = tokio::spawn(server::serve(listener, Cri::new(service, streaming), stopped));

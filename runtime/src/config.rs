@@ -142,7 +142,8 @@ mod tests {
     #[test]
     fn defaults_are_good_and_every_bad_value_is_named() {
         assert_eq!(Cli::parse_from(["x"]).config.check(), Ok(()));
-        let bad = Cli::parse_from(["x", "--scratch-mib", "1", "--pod-cidr", "10.0.0.0", "--launch-seconds", "0"]);
+        let bad =
+            Cli::parse_from(["x", "--scratch-mib", "1", "--pod-cidr", "10.0.0.0", "--launch-seconds", "0"]);
         assert_eq!(bad.config.check().unwrap_err().len(), 3);
     }
 }

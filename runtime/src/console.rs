@@ -137,8 +137,11 @@ impl Console {
 
     async fn send(&self, channel: Channel, data: &[u8]) -> Result<()> {
         let mut input = self.input.lock().await;
-        let writer = input.as_mut().ok_or_else(|| Error::State("the container's input is closed".to_owned()))?;
-        wire::write_packets(writer, channel, data).await.map_err(Error::os("write to", "the container's stream"))
+        let writer =
+            input.as_mut().ok_or_else(|| Error::State("the container's input is closed".to_owned()))?;
+        wire::write_packets(writer, channel, data)
+            .await
+            .map_err(Error::os("write to", "the container's stream"))
     }
 
     /// Opens the log file again.

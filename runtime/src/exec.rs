@@ -45,7 +45,9 @@ impl ExecInput {
     }
 
     async fn send(&mut self, channel: Channel, data: &[u8]) -> Result<()> {
-        wire::write_packets(&mut self.to, channel, data).await.map_err(Error::os("write to", "the command's stream"))
+        wire::write_packets(&mut self.to, channel, data)
+            .await
+            .map_err(Error::os("write to", "the command's stream"))
     }
 }
 
@@ -81,7 +83,12 @@ impl Drop for KillOnDrop {
 
 impl Exec {
     /// Starts a command.
-    pub async fn start(container: &RunningContainer, args: Vec<String>, tty: bool, stdin: bool) -> Result<Self> {
+    pub async fn start(
+        container: &RunningContainer,
+        args: Vec<String>,
+        tty: bool,
+        stdin: bool,
+    ) -> Result<Self> {
         if args.is_empty() {
             return Err(Error::Invalid("exec needs a command".to_owned()));
         }
@@ -107,7 +114,8 @@ impl ExecOutput {
     /// What comes next. Not cancel-safe: a packet half read is lost.
     pub async fn next(&mut self) -> Result<ExecEvent> {
         loop {
-            let packet = wire::read_packet(&mut self.from).await.map_err(Error::os("read", "the command's stream"))?;
+            let packet =
+                wire::read_packet(&mut self.from).await.map_err(Error::os("read", "the command's stream"))?;
             match packet {
                 Some((_, data)) if data.is_empty() => {}
                 Some((Channel::Stdout, data)) => return Ok(ExecEvent::Output(Output::Stdout(data))),
@@ -139,7 +147,11 @@ pub struct Finished {
 }
 
 /// Runs a command to its end; without `timeout` for as long as it takes.
-pub async fn run(container: &RunningContainer, args: Vec<String>, timeout: Option<Duration>) -> Result<Finished> {
+pub async fn run(
+    container: &RunningContainer,
+    args: Vec<String>,
+    timeout: Option<Duration>,
+) -> Result<Finished> {
     let command = args.join(" ");
     let (_input, mut output) = Exec::start(container, args, false, false).await?.split();
     let collect = async {

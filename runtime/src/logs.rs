@@ -206,8 +206,12 @@ mod tests {
             let line = &rest[..end];
             rest = &rest[end + 1..];
             let mut fields = line.splitn(4, |b| *b == b' ');
-            let (time, name, tag, message) =
-                (fields.next().unwrap(), fields.next().unwrap(), fields.next().unwrap(), fields.next().unwrap());
+            let (time, name, tag, message) = (
+                fields.next().unwrap(),
+                fields.next().unwrap(),
+                fields.next().unwrap(),
+                fields.next().unwrap(),
+            );
             assert_eq!(time, b"T");
             assert!(message.len() <= LINE_BYTES);
             if name != source.as_bytes() {

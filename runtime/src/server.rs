@@ -33,7 +33,8 @@ pub fn bind(path: &Path, gid: u32) -> Result<UnixListener> {
     if rustix::process::geteuid().is_root() {
         chown(&new, None, Some(gid)).map_err(Error::io("give to its group", &new))?;
     }
-    std::fs::set_permissions(&new, PermissionsExt::from_mode(0o660)).map_err(Error::io("set mode of", &new))?;
+    std::fs::set_permissions(&new, PermissionsExt::from_mode(0o660))
+        .map_err(Error::io("set mode of", &new))?;
     std::fs::rename(&new, path).map_err(Error::io("rename to", path))?;
     UnixListener::from_std(listener).map_err(Error::io("listen on", path))
 }
@@ -43,8 +44,9 @@ pub async fn serve(listener: UnixListener, cri: Cri, mut stop: watch::Receiver<b
     let runtime = RuntimeServiceServer::new(cri.clone())
         .max_decoding_message_size(MAX_MESSAGE)
         .max_encoding_message_size(MAX_MESSAGE);
-    let images =
-        ImageServiceServer::new(cri).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
+    let images = ImageServiceServer::new(cri)
+        .max_decoding_message_size(MAX_MESSAGE)
+        .max_encoding_message_size(MAX_MESSAGE);
     let stopped = async move { drop(stop.wait_for(|s| *s).await) };
     let served = Server::builder()
         .add_service(runtime)

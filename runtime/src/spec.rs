@@ -251,15 +251,13 @@ mod tests {
             searches: vec!["a.b".into(), "b".into()],
             options: vec!["ndots:5".into()],
         };
-        assert_eq!(
-            dns.resolv_conf().unwrap(),
-            "search a.b b\nnameserver 10.0.0.10\noptions ndots:5\n"
-        );
+        assert_eq!(dns.resolv_conf().unwrap(), "search a.b b\nnameserver 10.0.0.10\noptions ndots:5\n");
     }
 
     #[test]
     fn limits_leave_out_what_is_unset_or_unlimited() {
-        let resources = Resources { cpu_quota: -1, cpu_shares: 1024, memory_bytes: 7, ..Resources::default() };
+        let resources =
+            Resources { cpu_quota: -1, cpu_shares: 1024, memory_bytes: 7, ..Resources::default() };
         let limits = resources.limits();
         assert_eq!((limits.cpu_quota_us, limits.cpu_period_us, limits.memory_bytes), (None, None, Some(7)));
         assert_eq!(limits.cpu_weight, Some(39));

@@ -81,7 +81,11 @@ pub fn spawn_detached(what: &Detached<'_>) -> io::Result<(i32, OwnedFd)> {
     // SAFETY: no CLONE_VM, so this is a fork: the child has a copy of our memory and only its own thread. Until execve it
     // calls nothing but async-signal-safe functions and allocates nothing.
     let pid = unsafe {
-        libc::syscall(libc::SYS_clone3, std::ptr::from_mut(&mut args), std::mem::size_of::<libc::clone_args>())
+        libc::syscall(
+            libc::SYS_clone3,
+            std::ptr::from_mut(&mut args),
+            std::mem::size_of::<libc::clone_args>(),
+        )
     };
     if pid < 0 {
         return Err(io::Error::last_os_error());

@@ -39,7 +39,13 @@ async fn one_pod_through_its_life() {
         client.remove_sandbox(&sandbox).await;
     }
     assert!(fixture.host.is_clean());
-    assert_eq!(std::fs::read_dir(fixture.config.sandboxes()).unwrap().filter(|e| e.as_ref().unwrap().path().is_dir()).count(), 0);
+    assert_eq!(
+        std::fs::read_dir(fixture.config.sandboxes())
+            .unwrap()
+            .filter(|e| e.as_ref().unwrap().path().is_dir())
+            .count(),
+        0
+    );
 
     let mut kinds = Vec::new();
     while kinds.len() < 11 {
@@ -51,7 +57,10 @@ async fn one_pod_through_its_life() {
     assert_eq!(kinds[..2], [(true, ContainerCreatedEvent), (true, ContainerStartedEvent)]);
     assert_eq!(kinds.last(), Some(&(true, ContainerDeletedEvent)));
     let own = |kind| kinds.iter().filter(|k| **k == (false, kind)).count();
-    assert_eq!((own(ContainerCreatedEvent), own(ContainerStartedEvent), own(ContainerStoppedEvent)), (2, 2, 2));
+    assert_eq!(
+        (own(ContainerCreatedEvent), own(ContainerStartedEvent), own(ContainerStoppedEvent)),
+        (2, 2, 2)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -68,7 +77,10 @@ async fn a_container_that_ignores_its_signal_is_killed_and_an_oom_is_seen() {
     let request = StartContainerRequest { container_id: missing.clone() };
     assert!(client.runtime.start_container(request).await.is_err());
     let status = client.status(&missing).await;
-    assert_eq!((status.state(), status.exit_code, status.reason.as_str()), (ContainerState::ContainerExited, 127, "StartError"));
+    assert_eq!(
+        (status.state(), status.exit_code, status.reason.as_str()),
+        (ContainerState::ContainerExited, 127, "StartError")
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -151,8 +163,10 @@ async fn pods_survive_a_restart_of_the_runtime() {
     assert!(std::fs::read_to_string(&status.log_path).unwrap().contains("stdout F after"));
     // A new pod gets an address of its own.
     let other = client.sandbox("other").await;
-    let (ours, theirs) =
-        (client.sandbox_status(&sandbox).await.network.unwrap().ip, client.sandbox_status(&other).await.network.unwrap().ip);
+    let (ours, theirs) = (
+        client.sandbox_status(&sandbox).await.network.unwrap().ip,
+        client.sandbox_status(&other).await.network.unwrap().ip,
+    );
     assert_ne!(ours, theirs);
     client.stop_container(&running, 5).await;
     assert_eq!(client.status(&running).await.exit_code, 143);
@@ -242,10 +256,12 @@ async fn lists_statistics_images_and_what_is_not_there() {
     };
     let list = client.runtime.list_containers(ListContainersRequest { filter: Some(filter) }).await.unwrap();
     assert_eq!(list.into_inner().containers[0].id, main);
-    let mut stream = client.runtime.stream_containers(StreamContainersRequest::default()).await.unwrap().into_inner();
+    let mut stream =
+        client.runtime.stream_containers(StreamContainersRequest::default()).await.unwrap().into_inner();
     assert_eq!(stream.message().await.unwrap().unwrap().containers.len(), 1);
     assert!(stream.message().await.unwrap().is_none());
-    let stats = client.runtime.container_stats(ContainerStatsRequest { container_id: main.clone() }).await.unwrap();
+    let stats =
+        client.runtime.container_stats(ContainerStatsRequest { container_id: main.clone() }).await.unwrap();
     assert_eq!(stats.into_inner().stats.unwrap().memory.unwrap().usage_bytes.unwrap().value, 11);
     let images = client.images.list_images(ListImagesRequest::default()).await.unwrap().into_inner().images;
     assert_eq!(images[0].repo_tags, [IMAGE]);

@@ -7,7 +7,12 @@
 pub const CRI_API_VERSION: &str = "v0.37.1";
 
 /// Package `runtime.v1`.
-#[expect(missing_docs, clippy::allow_attributes, reason = "generated; the documentation is in proto/api.proto")]
+#[expect(
+    missing_docs,
+    clippy::allow_attributes,
+    clippy::doc_lazy_continuation,
+    reason = "generated; the documentation is in proto/api.proto"
+)]
 pub mod v1 {
     tonic::include_proto!("runtime.v1");
 }

@@ -8,18 +8,22 @@ use crate::service::{Command, ContainerView};
 use crate::spec::{ContainerSpec, MountSpec, Resources, UserSpec};
 use atoll_cri::v1::{
     Container, ContainerConfig, ContainerFilter, ContainerMetadata, ContainerResources, ContainerState,
-    ContainerStatus, ContainerStatusRequest, ContainerStatusResponse, CreateContainerRequest, CreateContainerResponse,
-    ExecSyncRequest, ExecSyncResponse, ImageSpec, LinuxContainerResources, LinuxContainerSecurityContext, Mount,
-    MountPropagation, NamespaceMode, RemoveContainerRequest, RemoveContainerResponse, ReopenContainerLogRequest,
-    ReopenContainerLogResponse, Signal, StartContainerRequest, StartContainerResponse, StopContainerRequest,
-    StopContainerResponse, UpdateContainerResourcesRequest, UpdateContainerResourcesResponse,
+    ContainerStatus, ContainerStatusRequest, ContainerStatusResponse, CreateContainerRequest,
+    CreateContainerResponse, ExecSyncRequest, ExecSyncResponse, ImageSpec, LinuxContainerResources,
+    LinuxContainerSecurityContext, Mount, MountPropagation, NamespaceMode, RemoveContainerRequest,
+    RemoveContainerResponse, ReopenContainerLogRequest, ReopenContainerLogResponse, Signal,
+    StartContainerRequest, StartContainerResponse, StopContainerRequest, StopContainerResponse,
+    UpdateContainerResourcesRequest, UpdateContainerResourcesResponse,
 };
 use std::collections::HashMap;
 use std::time::Duration;
 use tonic::Status;
 
 impl Cri {
-    pub(super) async fn create(&self, request: CreateContainerRequest) -> Result<CreateContainerResponse, Status> {
+    pub(super) async fn create(
+        &self,
+        request: CreateContainerRequest,
+    ) -> Result<CreateContainerResponse, Status> {
         let spec = container_spec(request.config.ok_or_else(|| missing("config"))?)?;
         let sandbox = request.pod_sandbox_id;
         let create = |reply| Command::CreateContainer(sandbox, Box::new(spec), reply);
@@ -27,7 +31,10 @@ impl Cri {
         Ok(CreateContainerResponse { container_id: id.into() })
     }
 
-    pub(super) async fn start(&self, request: StartContainerRequest) -> Result<StartContainerResponse, Status> {
+    pub(super) async fn start(
+        &self,
+        request: StartContainerRequest,
+    ) -> Result<StartContainerResponse, Status> {
         let id = request.container_id;
         self.service.ask(|reply| Command::StartContainer(id, reply)).await.map_err(status)?;
         Ok(StartContainerResponse {})
@@ -39,7 +46,10 @@ impl Cri {
         Ok(StopContainerResponse {})
     }
 
-    pub(super) async fn remove(&self, request: RemoveContainerRequest) -> Result<RemoveContainerResponse, Status> {
+    pub(super) async fn remove(
+        &self,
+        request: RemoveContainerRequest,
+    ) -> Result<RemoveContainerResponse, Status> {
         let id = request.container_id;
         self.service.ask(|reply| Command::RemoveContainer(id, reply)).await.map_err(status)?;
         Ok(RemoveContainerResponse {})
@@ -50,14 +60,18 @@ impl Cri {
         let views = self.service.ask(Command::ListContainers).await.map_err(status)?;
         let wanted = |view: &ContainerView| {
             (filter.id.is_empty() || view.id.as_str().starts_with(&filter.id))
-                && (filter.pod_sandbox_id.is_empty() || view.sandbox.as_str().starts_with(&filter.pod_sandbox_id))
+                && (filter.pod_sandbox_id.is_empty()
+                    || view.sandbox.as_str().starts_with(&filter.pod_sandbox_id))
                 && filter.state.is_none_or(|s| s.state == state(&view.phase) as i32)
                 && matches_labels(&view.spec.labels, &filter.label_selector)
         };
         Ok(views.iter().filter(|v| wanted(v)).map(listed).collect())
     }
 
-    pub(super) async fn status(&self, request: ContainerStatusRequest) -> Result<ContainerStatusResponse, Status> {
+    pub(super) async fn status(
+        &self,
+        request: ContainerStatusRequest,
+    ) -> Result<ContainerStatusResponse, Status> {
         let id = request.container_id;
         let view = self.service.ask(|reply| Command::ContainerStatus(id, reply)).await.map_err(status)?;
         let mut info = HashMap::new();
@@ -161,7 +175,10 @@ pub(super) fn container_status(view: &ContainerView) -> ContainerStatus {
         annotations: view.spec.annotations.clone().into_iter().collect(),
         mounts: view.spec.mounts.iter().map(wire_mount).collect(),
         log_path: view.log_path.as_ref().map(|p| p.display().to_string()).unwrap_or_default(),
-        resources: Some(ContainerResources { linux: Some(wire_resources(&view.spec.resources)), windows: None }),
+        resources: Some(ContainerResources {
+            linux: Some(wire_resources(&view.spec.resources)),
+            windows: None,
+        }),
         image_id: view.image_id.clone(),
         user: None,
         stop_signal: wire_signal(view.stop_signal).into(),
@@ -169,7 +186,8 @@ pub(super) fn container_status(view: &ContainerView) -> ContainerStatus {
 }
 
 fn wire_mount(mount: &MountSpec) -> Mount {
-    let image = (!mount.image.is_empty()).then(|| ImageSpec { image: mount.image.clone(), ..ImageSpec::default() });
+    let image =
+        (!mount.image.is_empty()).then(|| ImageSpec { image: mount.image.clone(), ..ImageSpec::default() });
     Mount {
         container_path: mount.container_path.clone(),
         host_path: mount.host_path.clone(),
@@ -234,7 +252,8 @@ fn mount(mount: Mount) -> Result<MountSpec, Status> {
     if !mount.mount_options.is_empty() {
         return Err(refuse(format!("mount {at}: mount options are not supported")));
     }
-    let image = mount.image.map(|i| if i.image_ref.is_empty() { i.image } else { i.image_ref }).unwrap_or_default();
+    let image =
+        mount.image.map(|i| if i.image_ref.is_empty() { i.image } else { i.image_ref }).unwrap_or_default();
     Ok(MountSpec {
         container_path: mount.container_path,
         host_path: mount.host_path,
@@ -267,7 +286,10 @@ fn container_spec(config: ContainerConfig) -> Result<ContainerSpec, Status> {
         return Err(refuse(format!("container {}: privileged containers are not supported", name.name)));
     }
     if let Some(device) = config.devices.first() {
-        return Err(refuse(format!("device {} of the host cannot be given to a virtual machine", device.host_path)));
+        return Err(refuse(format!(
+            "device {} of the host cannot be given to a virtual machine",
+            device.host_path
+        )));
     }
     if let Some(device) = config.cdi_devices.first() {
         return Err(refuse(format!("CDI device {} is not supported", device.name)));

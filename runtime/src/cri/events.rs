@@ -16,7 +16,8 @@ pub(super) fn follow(events: Receiver<ServiceEvent>) -> Stream<ContainerEventRes
             Ok(event) => Some((Ok(wire_event(&event)), Some(events))),
             Err(RecvError::Closed) => None,
             Err(RecvError::Lagged(missed)) => {
-                let error = Error::State(format!("{missed} events were lost: list containers and listen again"));
+                let error =
+                    Error::State(format!("{missed} events were lost: list containers and listen again"));
                 Some((Err(status(error)), None))
             }
         }

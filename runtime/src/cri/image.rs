@@ -5,9 +5,9 @@ use crate::error::Error;
 use crate::images::{Auth, Image as StoredImage, ImageRef};
 use crate::vm::launch::unix_ns;
 use atoll_cri::v1::{
-    AuthConfig, FilesystemIdentifier, FilesystemUsage, Image, ImageFilter, ImageFsInfoResponse, ImageStatusRequest,
-    ImageStatusResponse, Int64Value, PullImageRequest, PullImageResponse, RemoveImageRequest, RemoveImageResponse,
-    UInt64Value,
+    AuthConfig, FilesystemIdentifier, FilesystemUsage, Image, ImageFilter, ImageFsInfoResponse,
+    ImageStatusRequest, ImageStatusResponse, Int64Value, PullImageRequest, PullImageResponse,
+    RemoveImageRequest, RemoveImageResponse, UInt64Value,
 };
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -42,7 +42,10 @@ impl Cri {
         Ok(PullImageResponse { image_ref: id.to_string() })
     }
 
-    pub(super) async fn remove_image_named(&self, request: RemoveImageRequest) -> Result<RemoveImageResponse, Status> {
+    pub(super) async fn remove_image_named(
+        &self,
+        request: RemoveImageRequest,
+    ) -> Result<RemoveImageResponse, Status> {
         let name = request.image.ok_or_else(|| missing("image"))?.image;
         self.service.images().remove(&name).await.map_err(|e| status(Error::Image(e)))?;
         Ok(RemoveImageResponse {})
@@ -91,7 +94,8 @@ fn auth(config: AuthConfig) -> Result<Option<Auth>, Status> {
         return Ok(None);
     }
     let bad = || Status::invalid_argument("auth is not base64 of user:password");
-    let text = STANDARD.decode(config.auth.trim()).ok().and_then(|b| String::from_utf8(b).ok()).ok_or_else(bad)?;
+    let text =
+        STANDARD.decode(config.auth.trim()).ok().and_then(|b| String::from_utf8(b).ok()).ok_or_else(bad)?;
     let (username, password) = text.split_once(':').ok_or_else(bad)?;
     let password = password.trim_end_matches('\0');
     Ok(Some(Auth::Basic { username: username.to_owned(), password: password.to_owned() }))

@@ -44,11 +44,15 @@ pub fn status(error: Error) -> Status {
         Error::Exists(_) => Status::already_exists(message),
         Error::Deadline { .. } => Status::deadline_exceeded(message),
         Error::Lost { .. } | Error::Stopping => Status::unavailable(message),
-        Error::Image(ImageError::NotFound(_) | ImageError::NotInRegistry { .. }) => Status::not_found(message),
+        Error::Image(ImageError::NotFound(_) | ImageError::NotInRegistry { .. }) => {
+            Status::not_found(message)
+        }
         Error::Image(ImageError::Reference { .. }) => Status::invalid_argument(message),
         Error::Image(ImageError::Denied { .. }) => Status::permission_denied(message),
         Error::Image(ImageError::Deadline { .. }) => Status::deadline_exceeded(message),
-        Error::Image(_) | Error::Guest { .. } | Error::Io { .. } | Error::Step { .. } => Status::unknown(message),
+        Error::Image(_) | Error::Guest { .. } | Error::Io { .. } | Error::Step { .. } => {
+            Status::unknown(message)
+        }
     }
 }
 
@@ -64,7 +68,10 @@ type Answer<T> = Result<Response<T>, Status>;
 type Stream<T> = BoxStream<'static, Result<T, Status>>;
 
 /// A list as a stream of one-page answers.
-fn stream_of<T: Send + 'static, P: Send + 'static>(items: Vec<T>, page: fn(Vec<T>) -> P) -> Response<Stream<P>> {
+fn stream_of<T: Send + 'static, P: Send + 'static>(
+    items: Vec<T>,
+    page: fn(Vec<T>) -> P,
+) -> Response<Stream<P>> {
     const PAGE: usize = 256;
     let mut items = items.into_iter().peekable();
     let pages = std::iter::from_fn(move || {
@@ -95,11 +102,17 @@ impl atoll_cri::RuntimeService for Cri {
         self.stop_sandbox(r.into_inner()).await.map(Response::new)
     }
 
-    async fn remove_pod_sandbox(&self, r: Request<RemovePodSandboxRequest>) -> Answer<RemovePodSandboxResponse> {
+    async fn remove_pod_sandbox(
+        &self,
+        r: Request<RemovePodSandboxRequest>,
+    ) -> Answer<RemovePodSandboxResponse> {
         self.remove_sandbox(r.into_inner()).await.map(Response::new)
     }
 
-    async fn pod_sandbox_status(&self, r: Request<PodSandboxStatusRequest>) -> Answer<PodSandboxStatusResponse> {
+    async fn pod_sandbox_status(
+        &self,
+        r: Request<PodSandboxStatusRequest>,
+    ) -> Answer<PodSandboxStatusResponse> {
         self.sandbox_status(r.into_inner()).await.map(Response::new)
     }
 
@@ -137,7 +150,10 @@ impl atoll_cri::RuntimeService for Cri {
         Ok(Response::new(ListContainersResponse { containers }))
     }
 
-    async fn stream_containers(&self, r: Request<StreamContainersRequest>) -> Answer<Self::StreamContainersStream> {
+    async fn stream_containers(
+        &self,
+        r: Request<StreamContainersRequest>,
+    ) -> Answer<Self::StreamContainersStream> {
         let items = self.list(r.into_inner().filter).await?;
         Ok(stream_of(items, |containers| StreamContainersResponse { containers }))
     }
@@ -153,7 +169,10 @@ impl atoll_cri::RuntimeService for Cri {
         self.update(r.into_inner()).await.map(Response::new)
     }
 
-    async fn reopen_container_log(&self, r: Request<ReopenContainerLogRequest>) -> Answer<ReopenContainerLogResponse> {
+    async fn reopen_container_log(
+        &self,
+        r: Request<ReopenContainerLogRequest>,
+    ) -> Answer<ReopenContainerLogResponse> {
         self.reopen_log(r.into_inner()).await.map(Response::new)
     }
 
@@ -177,7 +196,10 @@ impl atoll_cri::RuntimeService for Cri {
         self.stats_of(&r.into_inner().container_id).await.map(Response::new)
     }
 
-    async fn list_container_stats(&self, r: Request<ListContainerStatsRequest>) -> Answer<ListContainerStatsResponse> {
+    async fn list_container_stats(
+        &self,
+        r: Request<ListContainerStatsRequest>,
+    ) -> Answer<ListContainerStatsResponse> {
         let stats = self.all_container_stats(r.into_inner().filter).await?;
         Ok(Response::new(ListContainerStatsResponse { stats }))
     }
@@ -236,7 +258,10 @@ impl atoll_cri::RuntimeService for Cri {
         Err(unsupported("RestorePod"))
     }
 
-    async fn get_container_events(&self, _: Request<GetEventsRequest>) -> Answer<Self::GetContainerEventsStream> {
+    async fn get_container_events(
+        &self,
+        _: Request<GetEventsRequest>,
+    ) -> Answer<Self::GetContainerEventsStream> {
         Ok(Response::new(events::follow(self.service.events())))
     }
 

@@ -30,7 +30,10 @@ pub(super) struct Defaults {
 }
 
 impl Cri {
-    pub(super) async fn run_sandbox(&self, request: RunPodSandboxRequest) -> Result<RunPodSandboxResponse, Status> {
+    pub(super) async fn run_sandbox(
+        &self,
+        request: RunPodSandboxRequest,
+    ) -> Result<RunPodSandboxResponse, Status> {
         let config = request.config.ok_or_else(|| missing("config"))?;
         let settings = self.service.config();
         let defaults = Defaults {
@@ -39,11 +42,15 @@ impl Cri {
             host_cpus: std::thread::available_parallelism().map_or(1, |n| n.get() as u64),
         };
         let spec = sandbox_spec(config, &request.runtime_handler, &defaults)?;
-        let id = self.service.ask(|reply| Command::RunSandbox(Box::new(spec), reply)).await.map_err(status)?;
+        let id =
+            self.service.ask(|reply| Command::RunSandbox(Box::new(spec), reply)).await.map_err(status)?;
         Ok(RunPodSandboxResponse { pod_sandbox_id: id.into() })
     }
 
-    pub(super) async fn stop_sandbox(&self, request: StopPodSandboxRequest) -> Result<StopPodSandboxResponse, Status> {
+    pub(super) async fn stop_sandbox(
+        &self,
+        request: StopPodSandboxRequest,
+    ) -> Result<StopPodSandboxResponse, Status> {
         let id = request.pod_sandbox_id;
         self.service.ask(|reply| Command::StopSandbox(id, reply)).await.map_err(status)?;
         Ok(StopPodSandboxResponse {})
@@ -83,7 +90,10 @@ impl Cri {
         })
     }
 
-    pub(super) async fn list_sandboxes(&self, filter: Option<PodSandboxFilter>) -> Result<Vec<PodSandbox>, Status> {
+    pub(super) async fn list_sandboxes(
+        &self,
+        filter: Option<PodSandboxFilter>,
+    ) -> Result<Vec<PodSandbox>, Status> {
         let filter = filter.unwrap_or_default();
         let views = self.service.ask(Command::ListSandboxes).await.map_err(status)?;
         let wanted = |view: &SandboxView| {
@@ -141,7 +151,8 @@ pub(super) fn sandbox_status(view: &SandboxView) -> PodSandboxStatus {
         metadata: Some(metadata(&view.spec.name)),
         state: state(view).into(),
         created_at: view.created_ns,
-        network: ready.then(|| PodSandboxNetworkStatus { ip: view.address.to_string(), additional_ips: vec![] }),
+        network: ready
+            .then(|| PodSandboxNetworkStatus { ip: view.address.to_string(), additional_ips: vec![] }),
         linux: Some(LinuxPodSandboxStatus { namespaces: Some(Namespace { options: Some(options) }) }),
         labels: view.spec.labels.clone().into_iter().collect(),
         annotations: view.spec.annotations.clone().into_iter().collect(),
@@ -154,9 +165,15 @@ fn refuse(why: &str) -> Status {
 }
 
 /// Reads a sandbox config; refuses what a VM cannot honestly give.
-pub(super) fn sandbox_spec(config: PodSandboxConfig, handler: &str, defaults: &Defaults) -> Result<SandboxSpec, Status> {
+pub(super) fn sandbox_spec(
+    config: PodSandboxConfig,
+    handler: &str,
+    defaults: &Defaults,
+) -> Result<SandboxSpec, Status> {
     if !["", super::runtime::RUNTIME_NAME].contains(&handler) {
-        return Err(Status::invalid_argument(format!("unknown runtime handler '{handler}': use '' or 'atoll'")));
+        return Err(Status::invalid_argument(format!(
+            "unknown runtime handler '{handler}': use '' or 'atoll'"
+        )));
     }
     let name = config.metadata.ok_or_else(|| missing("config.metadata"))?;
     if let Some(port) = config.port_mappings.iter().find(|p| p.host_port != 0) {
@@ -171,7 +188,12 @@ pub(super) fn sandbox_spec(config: PodSandboxConfig, handler: &str, defaults: &D
     let (memory, vcpus) = size(&linux, defaults);
     let dns = config.dns_config.unwrap_or_default();
     Ok(SandboxSpec {
-        name: SandboxName { name: name.name, uid: name.uid, namespace: name.namespace, attempt: name.attempt },
+        name: SandboxName {
+            name: name.name,
+            uid: name.uid,
+            namespace: name.namespace,
+            attempt: name.attempt,
+        },
         hostname: config.hostname,
         log_directory: config.log_directory,
         dns: Dns { servers: dns.servers, searches: dns.searches, options: dns.options },
@@ -283,8 +305,9 @@ mod tests {
                 cpu_period: 100_000,
                 ..Default::default()
             };
-            let spec =
-                check(|c| c.linux = Some(LinuxPodSandboxConfig { resources: Some(resources), ..Default::default() }));
+            let spec = check(|c| {
+                c.linux = Some(LinuxPodSandboxConfig { resources: Some(resources), ..Default::default() })
+            });
             let spec = spec.unwrap();
             (spec.memory.0, spec.vcpus)
         };

@@ -8,10 +8,11 @@ use crate::vm::host::HostUsage;
 use crate::vm::launch::unix_ns;
 use crate::vm::pod::PodVm;
 use atoll_cri::v1::{
-    ContainerAttributes, ContainerMetadata, ContainerStats, ContainerStatsFilter, ContainerStatsResponse, CpuUsage,
-    FilesystemIdentifier, FilesystemUsage, LinuxPodSandboxStats, MemoryUsage, Metric, MetricDescriptor, MetricType,
-    NetworkInterfaceUsage, NetworkUsage, PodSandboxAttributes, PodSandboxMetrics, PodSandboxStats,
-    PodSandboxStatsFilter, PodSandboxStatsResponse, ProcessUsage, UInt64Value,
+    ContainerAttributes, ContainerMetadata, ContainerStats, ContainerStatsFilter, ContainerStatsResponse,
+    CpuUsage, FilesystemIdentifier, FilesystemUsage, LinuxPodSandboxStats, MemoryUsage, Metric,
+    MetricDescriptor, MetricType, NetworkInterfaceUsage, NetworkUsage, PodSandboxAttributes,
+    PodSandboxMetrics, PodSandboxStats, PodSandboxStatsFilter, PodSandboxStatsResponse, ProcessUsage,
+    UInt64Value,
 };
 use atoll_spec::guest::{GuestStats, Usage};
 use std::collections::BTreeMap;
@@ -46,7 +47,8 @@ impl Cri {
         let views = self.service.ask(Command::ListContainers).await.map_err(status)?;
         let wanted = |v: &&ContainerView| {
             (filter.id.is_empty() || v.id.as_str().starts_with(&filter.id))
-                && (filter.pod_sandbox_id.is_empty() || v.sandbox.as_str().starts_with(&filter.pod_sandbox_id))
+                && (filter.pod_sandbox_id.is_empty()
+                    || v.sandbox.as_str().starts_with(&filter.pod_sandbox_id))
                 && matches_labels(&v.spec.labels, &filter.label_selector)
                 && v.phase.is_active()
         };
@@ -116,18 +118,18 @@ impl Cri {
             let guest = vm.guest_stats().await.unwrap_or_default();
             let exits = vm.vmm_stats().await.map(|s| s.exits.values().sum()).unwrap_or(0);
             let metrics = metrics(&view.spec.name.name, &vm.host_usage(), &guest, exits);
-            Some(PodSandboxMetrics { pod_sandbox_id: view.id.to_string(), metrics, container_metrics: vec![] })
+            Some(PodSandboxMetrics {
+                pod_sandbox_id: view.id.to_string(),
+                metrics,
+                container_metrics: vec![],
+            })
         });
         Ok(futures_util::future::join_all(asked).await.into_iter().flatten().collect())
     }
 }
 
 fn cpu(ns: u64) -> CpuUsage {
-    CpuUsage {
-        timestamp: unix_ns(),
-        usage_core_nano_seconds: number(ns),
-        ..CpuUsage::default()
-    }
+    CpuUsage { timestamp: unix_ns(), usage_core_nano_seconds: number(ns), ..CpuUsage::default() }
 }
 
 fn memory(usage: &Usage) -> MemoryUsage {
@@ -156,7 +158,9 @@ fn container_stats(view: &ContainerView, guest: &GuestStats) -> ContainerStats {
         memory: Some(memory(&usage)),
         writable_layer: Some(FilesystemUsage {
             timestamp: unix_ns(),
-            fs_id: Some(FilesystemIdentifier { mountpoint: format!("scratch disk of sandbox {}", view.sandbox) }),
+            fs_id: Some(FilesystemIdentifier {
+                mountpoint: format!("scratch disk of sandbox {}", view.sandbox),
+            }),
             used_bytes: number(usage.writable_bytes),
             inodes_used: number(usage.writable_inodes),
         }),
@@ -165,7 +169,11 @@ fn container_stats(view: &ContainerView, guest: &GuestStats) -> ContainerStats {
     }
 }
 
-fn linux_stats(host: &HostUsage, guest: &GuestStats, containers: Vec<ContainerStats>) -> LinuxPodSandboxStats {
+fn linux_stats(
+    host: &HostUsage,
+    guest: &GuestStats,
+    containers: Vec<ContainerStats>,
+) -> LinuxPodSandboxStats {
     let interface = NetworkInterfaceUsage {
         name: "eth0".to_owned(),
         rx_bytes: number(guest.network.rx_bytes),
@@ -178,7 +186,11 @@ fn linux_stats(host: &HostUsage, guest: &GuestStats, containers: Vec<ContainerSt
     LinuxPodSandboxStats {
         cpu: Some(cpu(host.cpu_ns)),
         memory: Some(memory(&host_memory)),
-        network: Some(NetworkUsage { timestamp: unix_ns(), default_interface: Some(interface), interfaces: vec![] }),
+        network: Some(NetworkUsage {
+            timestamp: unix_ns(),
+            default_interface: Some(interface),
+            interfaces: vec![],
+        }),
         process: Some(ProcessUsage { timestamp: unix_ns(), process_count: number(guest.total.pids) }),
         containers,
         io: None,
@@ -189,16 +201,27 @@ type Source = fn(&HostUsage, &GuestStats, u64) -> u64;
 
 /// Name, help, kind, and where the number comes from.
 const METRICS: [(&str, &str, MetricType, Source); 6] = [
-    ("atoll_sandbox_cpu_nanoseconds_total", "CPU time of the VMM, the guest's included", MetricType::Counter, |h, _, _| {
-        h.cpu_ns
+    (
+        "atoll_sandbox_cpu_nanoseconds_total",
+        "CPU time of the VMM, the guest's included",
+        MetricType::Counter,
+        |h, _, _| h.cpu_ns,
+    ),
+    (
+        "atoll_sandbox_memory_bytes",
+        "Host memory of the VMM, the guest's included",
+        MetricType::Gauge,
+        |h, _, _| h.memory_bytes,
+    ),
+    ("atoll_guest_memory_bytes", "Memory in use inside the guest", MetricType::Gauge, |_, g, _| {
+        g.total.memory_bytes
     }),
-    ("atoll_sandbox_memory_bytes", "Host memory of the VMM, the guest's included", MetricType::Gauge, |h, _, _| {
-        h.memory_bytes
-    }),
-    ("atoll_guest_memory_bytes", "Memory in use inside the guest", MetricType::Gauge, |_, g, _| g.total.memory_bytes),
-    ("atoll_guest_cpu_nanoseconds_total", "CPU time as the guest counts it", MetricType::Counter, |_, g, _| {
-        g.total.cpu_ns
-    }),
+    (
+        "atoll_guest_cpu_nanoseconds_total",
+        "CPU time as the guest counts it",
+        MetricType::Counter,
+        |_, g, _| g.total.cpu_ns,
+    ),
     ("atoll_network_receive_bytes_total", "Bytes that the pod received", MetricType::Counter, |_, g, _| {
         g.network.rx_bytes
     }),

@@ -38,10 +38,14 @@ impl Cri {
         Ok(AttachResponse { url: self.streaming.url(job).map_err(status)? })
     }
 
-    pub(super) async fn port_forward_url(&self, r: PortForwardRequest) -> Result<PortForwardResponse, Status> {
+    pub(super) async fn port_forward_url(
+        &self,
+        r: PortForwardRequest,
+    ) -> Result<PortForwardResponse, Status> {
         let id = r.pod_sandbox_id.clone();
         self.service.ask(|reply| Command::UseSandbox(id, reply)).await.map_err(status)?;
-        let port = |p: &i32| u16::try_from(*p).map_err(|_| Status::invalid_argument(format!("{p} is not a port")));
+        let port =
+            |p: &i32| u16::try_from(*p).map_err(|_| Status::invalid_argument(format!("{p} is not a port")));
         let ports = r.port.iter().map(port).collect::<Result<Vec<_>, _>>()?;
         let job = Job::PortForward { sandbox: r.pod_sandbox_id, ports };
         Ok(PortForwardResponse { url: self.streaming.url(job).map_err(status)? })

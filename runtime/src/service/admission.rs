@@ -96,7 +96,9 @@ pub fn remove_container(id: &str, phase: Option<&ContainerPhase>) -> Admission {
         Some(ContainerPhase::Creating | ContainerPhase::Starting) => {
             deny(format!("container {id} is being created or started: try again when that has ended"))
         }
-        Some(ContainerPhase::Created | ContainerPhase::Running { .. } | ContainerPhase::Exited { .. }) => Admission::Go,
+        Some(ContainerPhase::Created | ContainerPhase::Running { .. } | ContainerPhase::Exited { .. }) => {
+            Admission::Go
+        }
     }
 }
 
@@ -135,6 +137,9 @@ mod tests {
     fn what_needs_something_that_is_not_there_says_so() {
         assert!(matches!(create_container("x", None), Admission::Deny(Error::NotFound { .. })));
         assert!(matches!(start_container("x", None), Admission::Deny(Error::NotFound { .. })));
-        assert!(matches!(use_container("x", Some(&ContainerPhase::Created)), Admission::Deny(Error::State(_))));
+        assert!(matches!(
+            use_container("x", Some(&ContainerPhase::Created)),
+            Admission::Deny(Error::State(_))
+        ));
     }
 }

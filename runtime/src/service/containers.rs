@@ -27,14 +27,21 @@ impl Owner {
         }
     }
 
-    fn prepare_container(&mut self, sandbox_id: &str, spec: ContainerSpec) -> Result<(ContainerId, jobs::Making)> {
+    fn prepare_container(
+        &mut self,
+        sandbox_id: &str,
+        spec: ContainerSpec,
+    ) -> Result<(ContainerId, jobs::Making)> {
         let found = self.find_sandbox(sandbox_id);
         if let Admission::Deny(error) = admission::create_container(sandbox_id, found.map(|s| &s.phase)) {
             return Err(error);
         }
         let sandbox = found.ok_or_else(|| Error::no_sandbox(sandbox_id))?;
-        let vm = sandbox.vm.clone().ok_or_else(|| Error::State(format!("sandbox {sandbox_id} is not ready")))?;
-        let twin = |c: &&Container| c.sandbox == sandbox.id && c.spec.name == spec.name && c.spec.attempt == spec.attempt;
+        let vm =
+            sandbox.vm.clone().ok_or_else(|| Error::State(format!("sandbox {sandbox_id} is not ready")))?;
+        let twin = |c: &&Container| {
+            c.sandbox == sandbox.id && c.spec.name == spec.name && c.spec.attempt == spec.attempt
+        };
         if let Some(twin) = self.containers.values().find(twin) {
             return Err(Error::Exists(format!(
                 "the pod has container {} attempt {} already, {}: remove that one, or count the attempt up",
@@ -77,7 +84,12 @@ impl Owner {
         Ok((id, making))
     }
 
-    pub(super) fn container_made(&mut self, id: &ContainerId, result: Result<jobs::Made>, reply: Reply<ContainerId>) {
+    pub(super) fn container_made(
+        &mut self,
+        id: &ContainerId,
+        result: Result<jobs::Made>,
+        reply: Reply<ContainerId>,
+    ) {
         let made = match result {
             Ok(made) => made,
             Err(error) => {
@@ -85,7 +97,9 @@ impl Owner {
                 return answer(reply, Err(error));
             }
         };
-        let Some(container) = self.containers.get_mut(id) else { return answer(reply, Err(Error::no_container(id.as_str()))) };
+        let Some(container) = self.containers.get_mut(id) else {
+            return answer(reply, Err(Error::no_container(id.as_str())));
+        };
         let sandbox_id = container.sandbox.clone();
         container.image_id = made.image_id;
         container.image_ref = made.image_ref;
@@ -105,7 +119,12 @@ impl Owner {
             self.emit(&sandbox_id, id.as_str(), EventKind::Created);
             answer(reply, Ok(id.clone()));
         } else {
-            answer(reply, Err(Error::State(format!("sandbox {sandbox_id} ended while the container was being created"))));
+            answer(
+                reply,
+                Err(Error::State(format!(
+                    "sandbox {sandbox_id} ended while the container was being created"
+                ))),
+            );
         }
     }
 
@@ -137,8 +156,15 @@ impl Owner {
         Ok((key, starting))
     }
 
-    pub(super) fn container_started(&mut self, id: &ContainerId, result: Result<Arc<Console>>, reply: Reply<()>) {
-        let Some(container) = self.containers.get_mut(id) else { return answer(reply, Err(Error::no_container(id.as_str()))) };
+    pub(super) fn container_started(
+        &mut self,
+        id: &ContainerId,
+        result: Result<Arc<Console>>,
+        reply: Reply<()>,
+    ) {
+        let Some(container) = self.containers.get_mut(id) else {
+            return answer(reply, Err(Error::no_container(id.as_str())));
+        };
         let sandbox = container.sandbox.clone();
         match result {
             Ok(console) => {
@@ -310,7 +336,13 @@ impl Owner {
         }
     }
 
-    pub(super) fn limits_changed(&mut self, id: &ContainerId, new: Resources, result: Result<()>, reply: Reply<()>) {
+    pub(super) fn limits_changed(
+        &mut self,
+        id: &ContainerId,
+        new: Resources,
+        result: Result<()>,
+        reply: Reply<()>,
+    ) {
         if result.is_ok()
             && let Some(container) = self.containers.get_mut(id)
         {

@@ -129,7 +129,12 @@ impl Making {
         Ok(trees)
     }
 
-    fn guest_spec(&self, layers: Vec<Layer>, process: Process, mounts: Vec<guest::Mount>) -> guest::ContainerSpec {
+    fn guest_spec(
+        &self,
+        layers: Vec<Layer>,
+        process: Process,
+        mounts: Vec<guest::Mount>,
+    ) -> guest::ContainerSpec {
         let spec = &self.spec;
         guest::ContainerSpec {
             container: self.id.clone(),
@@ -164,7 +169,8 @@ impl Starting {
             Some(path) => Some(LogWriter::open(path).await?),
             None => None,
         };
-        let stdio = self.stdio.ok_or_else(|| Error::State(format!("container {} was started already", self.id)))?;
+        let stdio =
+            self.stdio.ok_or_else(|| Error::State(format!("container {} was started already", self.id)))?;
         self.vm.link.call(Call::StartContainer { container: self.id.clone() }, CREATE_DEADLINE).await?;
         let stream = stdio.take().await?;
         Ok(Console::start(stream, self.tty, log))
@@ -243,7 +249,11 @@ pub(super) async fn remove(vm: Option<Arc<PodVm>>, id: &ContainerId) -> Result<(
 }
 
 /// Changes limits; without a VM only the record changes.
-pub(super) async fn update_limits(vm: Option<Arc<PodVm>>, id: &ContainerId, resources: &Resources) -> Result<()> {
+pub(super) async fn update_limits(
+    vm: Option<Arc<PodVm>>,
+    id: &ContainerId,
+    resources: &Resources,
+) -> Result<()> {
     let Some(vm) = vm else { return Ok(()) };
     let call = Call::UpdateLimits { container: id.clone(), limits: resources.limits() };
     vm.link.call(call, CALL_DEADLINE).await.map(|_| ())
@@ -269,7 +279,12 @@ pub(super) async fn list(sandbox: SandboxId, vm: Arc<PodVm>) -> Done {
 }
 
 /// Opens the stdio of a running container again.
-pub(super) async fn reopen_stdio(vm: Arc<PodVm>, id: ContainerId, log_path: Option<PathBuf>, tty: bool) -> Done {
+pub(super) async fn reopen_stdio(
+    vm: Arc<PodVm>,
+    id: ContainerId,
+    log_path: Option<PathBuf>,
+    tty: bool,
+) -> Done {
     let reopen = async {
         let log = match &log_path {
             Some(path) => Some(LogWriter::open(path).await?),

@@ -114,7 +114,9 @@ impl Owner {
             sandboxes: BTreeMap::new(),
             containers: BTreeMap::new(),
             pool: Pool::default(),
-            network: Err("no pod CIDR yet: it comes with UpdateRuntimeConfig once the node has one".to_owned()),
+            network: Err(
+                "no pod CIDR yet: it comes with UpdateRuntimeConfig once the node has one".to_owned()
+            ),
             next_cid: GuestCid::FIRST.get(),
             jobs: JoinSet::new(),
             watchers: JoinSet::new(),
@@ -159,14 +161,17 @@ impl Owner {
             Command::StopSandbox(id, reply) => self.stop_sandbox(&id, reply),
             Command::RemoveSandbox(id, reply) => self.remove_sandbox(&id, reply),
             Command::SandboxStatus(id, reply) => answer(reply, self.sandbox_status(&id)),
-            Command::ListSandboxes(reply) => answer(reply, Ok(self.sandboxes.values().map(Sandbox::view).collect())),
+            Command::ListSandboxes(reply) => {
+                answer(reply, Ok(self.sandboxes.values().map(Sandbox::view).collect()))
+            }
             Command::CreateContainer(id, spec, reply) => self.create_container(&id, *spec, reply),
             Command::StartContainer(id, reply) => self.start_container(&id, reply),
             Command::StopContainer(id, timeout, reply) => self.stop_container(&id, timeout, reply),
             Command::RemoveContainer(id, reply) => self.remove_container(&id, reply),
             Command::UpdateContainer(id, resources, reply) => self.update_container(&id, resources, reply),
             Command::ContainerStatus(id, reply) => {
-                let view = self.find_container(&id).map(Container::view).ok_or_else(|| Error::no_container(&id));
+                let view =
+                    self.find_container(&id).map(Container::view).ok_or_else(|| Error::no_container(&id));
                 answer(reply, view);
             }
             Command::ListContainers(reply) => {
@@ -189,7 +194,9 @@ impl Owner {
             Done::ContainerStarted(id, result, reply) => self.container_started(&id, result, reply),
             Done::ContainerEnded(id, ended) => self.container_ended(&id, ended),
             Done::ContainerRemoved(id, result) => self.container_removed(&id, result),
-            Done::LimitsChanged(id, resources, result, reply) => self.limits_changed(&id, *resources, result, reply),
+            Done::LimitsChanged(id, resources, result, reply) => {
+                self.limits_changed(&id, *resources, result, reply)
+            }
             Done::Reconciled(id, states) => self.reconciled(&id, &states),
             Done::ConsoleBack(id, console) => {
                 if let Some(container) = self.containers.get_mut(&id) {

@@ -77,7 +77,11 @@ const ALL_CAPABILITIES: [&str; 41] = [
 ];
 
 /// The first process of a container.
-pub fn container_process(spec: &ContainerSpec, image: &ImageConfig, hostname: &str) -> Result<Process, Error> {
+pub fn container_process(
+    spec: &ContainerSpec,
+    image: &ImageConfig,
+    hostname: &str,
+) -> Result<Process, Error> {
     let args: Vec<String> = if spec.command.is_empty() {
         let tail = if spec.args.is_empty() { &image.cmd } else { &spec.args };
         image.entrypoint.iter().chain(tail).cloned().collect()
@@ -144,7 +148,9 @@ fn environment(spec: &ContainerSpec, image: &ImageConfig, hostname: &str) -> Vec
 fn user(wish: &UserSpec, image: &str) -> Result<User, Error> {
     let groups = wish.groups.clone();
     match (wish.uid, wish.name.is_empty()) {
-        (Some(_), false) => Err(Error::Invalid("run_as_user and run_as_username exclude each other".to_owned())),
+        (Some(_), false) => {
+            Err(Error::Invalid("run_as_user and run_as_username exclude each other".to_owned()))
+        }
         (Some(uid), true) => Ok(User::Ids { uid, gid: wish.gid, groups }),
         (None, false) => {
             let name = match wish.gid {
@@ -195,9 +201,9 @@ fn is_all(name: &str) -> bool {
 /// Number of a signal by name (`SIGTERM`, `TERM`, `SIGRTMIN+3`) or number.
 pub fn signal_number(name: &str) -> Option<i32> {
     const NAMES: [&str; 31] = [
-        "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE", "ALRM",
-        "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ", "VTALRM", "PROF",
-        "WINCH", "IO", "PWR", "SYS",
+        "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE",
+        "ALRM", "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ",
+        "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
     ];
     const RTMIN: i32 = 34;
     const RTMAX: i32 = 64;
@@ -236,8 +242,11 @@ mod tests {
     fn a_command_replaces_entry_point_and_arguments() {
         let image = ImageConfig { entrypoint: list(&["e"]), cmd: list(&["c"]), ..ImageConfig::default() };
         let check = |command: &[&str], args: &[&str], expect: &[&str]| {
-            let spec =
-                ContainerSpec { command: list(command), args: list(args), ..crate::service::tests::container_spec() };
+            let spec = ContainerSpec {
+                command: list(command),
+                args: list(args),
+                ..crate::service::tests::container_spec()
+            };
             assert_eq!(container_process(&spec, &image, "h").unwrap().args, list(expect));
         };
         check(&[], &[], &["e", "c"]);
@@ -276,7 +285,9 @@ mod tests {
 
     #[test]
     fn signals_by_name_and_number() {
-        for (name, number) in [("SIGTERM", 15), ("kill", 9), ("SIGSYS", 31), ("9", 9), ("SIGRTMIN+3", 37), ("RTMAX-1", 63)] {
+        for (name, number) in
+            [("SIGTERM", 15), ("kill", 9), ("SIGSYS", 31), ("9", 9), ("SIGRTMIN+3", 37), ("RTMAX-1", 63)]
+        {
             assert_eq!(signal_number(name), Some(number), "{name}");
         }
         for bad in ["", "SIG", "0", "65", "RTMIN+31", "RTMAX-31"] {

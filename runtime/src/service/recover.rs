@@ -109,10 +109,9 @@ impl PhaseRecord {
             Self::Created => ContainerPhase::Created,
             Self::Starting => ContainerPhase::Starting,
             Self::Running { started_ns } => ContainerPhase::Running { started_ns },
-            Self::Exited { started_ns, code, reason, message, finished_ns } => ContainerPhase::Exited {
-                started_ns,
-                ended: Ended { code, reason, message, finished_ns },
-            },
+            Self::Exited { started_ns, code, reason, message, finished_ns } => {
+                ContainerPhase::Exited { started_ns, ended: Ended { code, reason, message, finished_ns } }
+            }
         }
     }
 }
@@ -202,7 +201,9 @@ impl Owner {
         let entries = fs::read_dir(&root).map_err(Error::io("read", &root))?;
         for entry in entries {
             let entry = entry.map_err(Error::io("read", &root))?;
-            let Some(id) = entry.file_name().to_str().and_then(|n| n.parse::<SandboxId>().ok()) else { continue };
+            let Some(id) = entry.file_name().to_str().and_then(|n| n.parse::<SandboxId>().ok()) else {
+                continue;
+            };
             if entry.file_type().is_ok_and(|t| t.is_dir()) {
                 self.recover_sandbox(&root, id).await;
             }

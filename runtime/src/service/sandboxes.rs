@@ -5,7 +5,9 @@ use crate::service::admission::{self, Admission};
 use crate::service::container::{CODE_VM_LOST, ContainerEvent, Ended, REASON_ERROR};
 use crate::service::owner::{Done, Owner, Sandbox, answer};
 use crate::service::sandbox::{SandboxEvent, SandboxPhase};
-use crate::service::{ContainerView, EventKind, Reply, RunningSandbox, SandboxView, jobs, random_hex, recover};
+use crate::service::{
+    ContainerView, EventKind, Reply, RunningSandbox, SandboxView, jobs, random_hex, recover,
+};
 use crate::spec::SandboxSpec;
 use crate::vm::address::{GATEWAY, GATEWAY_MAC, MTU, PodCidr, pod_mac};
 use crate::vm::launch::{self, Plan, unix_ns};
@@ -29,7 +31,8 @@ impl Owner {
         match self.prepare_sandbox(spec) {
             Ok((id, plan)) => {
                 let launcher = self.shared.launcher.clone();
-                self.jobs.spawn(async move { Done::Launched(id, launch::launch(&launcher, plan).await, reply) });
+                self.jobs
+                    .spawn(async move { Done::Launched(id, launch::launch(&launcher, plan).await, reply) });
             }
             Err(error) => answer(reply, Err(error)),
         }
@@ -139,7 +142,10 @@ impl Owner {
                     vm.stop(false).await;
                     Done::Nothing
                 });
-                answer(reply, Err(Error::State(format!("sandbox {id} was stopped while it was being launched"))));
+                answer(
+                    reply,
+                    Err(Error::State(format!("sandbox {id} was stopped while it was being launched"))),
+                );
             }
             Err(error) => {
                 tracing::warn!(sandbox = %id, %error, "sandbox could not be launched");
@@ -209,7 +215,8 @@ impl Owner {
     pub(super) fn vm_ended(&mut self, id: &SandboxId, status: i32) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         let asked = sandbox.phase == SandboxPhase::Stopping;
-        let reason = if asked { "stopped".to_owned() } else { format!("its virtual machine ended (status {status})") };
+        let reason =
+            if asked { "stopped".to_owned() } else { format!("its virtual machine ended (status {status})") };
         if !asked {
             tracing::error!(sandbox = %id, status, "a virtual machine ended by itself: see vmm.log in its directory");
         }
@@ -238,7 +245,8 @@ impl Owner {
 
     /// Every container of a sandbox without VM has ended.
     pub(super) fn end_containers(&mut self, id: &SandboxId, asked: bool, reason: &str) {
-        let ids: Vec<ContainerId> = self.containers.values().filter(|c| c.sandbox == *id).map(|c| c.id.clone()).collect();
+        let ids: Vec<ContainerId> =
+            self.containers.values().filter(|c| c.sandbox == *id).map(|c| c.id.clone()).collect();
         for container in ids {
             let told = self.containers.get_mut(&container).and_then(|c| c.ending.take());
             let ended = told.unwrap_or_else(|| Ended {
@@ -330,7 +338,9 @@ impl Owner {
     pub(super) fn use_sandbox(&self, id: &str) -> Result<RunningSandbox> {
         let sandbox = self.find_sandbox(id).ok_or_else(|| Error::no_sandbox(id))?;
         match (&sandbox.phase, &sandbox.vm) {
-            (SandboxPhase::Ready, Some(vm)) => Ok(RunningSandbox { vm: vm.clone(), address: sandbox.port.address }),
+            (SandboxPhase::Ready, Some(vm)) => {
+                Ok(RunningSandbox { vm: vm.clone(), address: sandbox.port.address })
+            }
             _ => Err(Error::State(format!("sandbox {id} is not ready"))),
         }
     }
@@ -345,7 +355,8 @@ impl Owner {
         if let Err(error) = recover::save_cidr(&self.shared.config.sandboxes(), cidr) {
             tracing::error!(%error, "cannot keep the pod CIDR over a restart");
         }
-        let ports: Vec<Port> = self.sandboxes.values().filter(|s| s.phase.has_vm()).map(|s| s.port.clone()).collect();
+        let ports: Vec<Port> =
+            self.sandboxes.values().filter(|s| s.phase.has_vm()).map(|s| s.port.clone()).collect();
         let shared = self.shared.clone();
         self.jobs.spawn(async move {
             Done::NetworkInstalled(shared.launcher.host.install_network(cidr, &ports).await, reply)
@@ -353,7 +364,7 @@ impl Owner {
     }
 
     pub(super) fn network_installed(&mut self, result: Result<()>, reply: Option<Reply<()>>) {
-        self.network = result.as_ref().map(|()| ()).map_err(ToString::to_string);
+        self.network = result.as_ref().copied().map_err(ToString::to_string);
         if let Err(error) = &result {
             tracing::error!(%error, "pods have no network");
         }

@@ -26,7 +26,9 @@ async fn dial(service: &Service, sandbox: &str, port: u16) -> Result<TcpStream> 
     let address: Ipv4Addr = service.ask(|reply| Command::UseSandbox(id, reply)).await?.address;
     let object = format!("port {port} of pod {address}");
     let what = || format!("connecting to {object}");
-    within(DIAL_DEADLINE, what, TcpStream::connect((address, port))).await?.map_err(Error::os("connect to", &object))
+    within(DIAL_DEADLINE, what, TcpStream::connect((address, port)))
+        .await?
+        .map_err(Error::os("connect to", &object))
 }
 
 /// Copies both ways until the pod has closed its side; `send` answers `false` when the client is gone.
@@ -84,7 +86,8 @@ pub async fn over_spdy(service: Service, sandbox: String, mut connection: spdy::
             }
         };
         let request = request_id(&incoming, is_error);
-        let (pair, _) = pairs.entry(request.clone()).or_insert_with(|| (Pair::default(), tokio::time::Instant::now()));
+        let (pair, _) =
+            pairs.entry(request.clone()).or_insert_with(|| (Pair::default(), tokio::time::Instant::now()));
         let slot = if is_error { &mut pair.error } else { &mut pair.data };
         *slot = Some(incoming);
         if let (Some(_), Some(_)) = (&pair.data, &pair.error)
@@ -146,7 +149,14 @@ pub async fn over_websocket(service: Service, sandbox: String, ports: Vec<u16>, 
     for (n, port) in ports.into_iter().take(64).enumerate() {
         let (input, from_client) = mpsc::channel(64);
         inputs.push(input);
-        running.spawn(one_port(service.clone(), sandbox.clone(), port, n as u8 * 2, from_client, out.clone()));
+        running.spawn(one_port(
+            service.clone(),
+            sandbox.clone(),
+            port,
+            n as u8 * 2,
+            from_client,
+            out.clone(),
+        ));
     }
     drop(out);
     let receive = async {

@@ -146,7 +146,8 @@ pub fn parse_sizes(buffer: &mut Vec<u8>, data: &[u8]) -> Vec<Size> {
 /// A SPDY connection as a client: waits until it has opened its streams.
 pub async fn over_spdy(mut connection: spdy::Connection, streams: Streams, protocol: &str) -> Result<Remote> {
     let resizable = matches!(protocol, "v3.channel.k8s.io" | "v4.channel.k8s.io");
-    let wanted = [("error", true), ("stdin", streams.stdin), ("stdout", streams.stdout), ("stderr", streams.stderr)];
+    let wanted =
+        [("error", true), ("stdin", streams.stdin), ("stdout", streams.stdout), ("stderr", streams.stderr)];
     let mut missing: Vec<&str> = wanted.iter().filter(|(_, w)| *w).map(|(n, _)| *n).collect();
     if streams.tty && resizable {
         missing.push("resize");
@@ -249,7 +250,13 @@ pub fn over_websocket(socket: websocket::Socket, streams: Streams) -> Remote {
 }
 
 /// Runs a command for a client.
-pub async fn exec(service: &Service, container: String, command: Vec<String>, streams: Streams, remote: Remote) {
+pub async fn exec(
+    service: &Service,
+    container: String,
+    command: Vec<String>,
+    streams: Streams,
+    remote: Remote,
+) {
     let Remote { stdin, resize, out } = remote;
     let session = async {
         let container = service.ask(|reply| Command::UseContainer(container, reply)).await?;
@@ -401,7 +408,12 @@ mod tests {
     fn endings_are_worded_as_clients_read_them() {
         assert_eq!(Ending::Success.json(), r#"{"metadata":{},"status":"Success"}"#);
         let code = Ending::ExitCode(3).json();
-        assert!(code.contains(r#""reason":"NonZeroExitCode","details":{"causes":[{"reason":"ExitCode","message":"3"}]}"#), "{code}");
+        assert!(
+            code.contains(
+                r#""reason":"NonZeroExitCode","details":{"causes":[{"reason":"ExitCode","message":"3"}]}"#
+            ),
+            "{code}"
+        );
         assert!(Ending::Failure("x".into()).json().contains(r#""code":500"#));
     }
 }

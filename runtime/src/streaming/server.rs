@@ -32,7 +32,12 @@ const HEAD_DEADLINE: Duration = Duration::from_secs(20);
 type Answer = Response<Full<Bytes>>;
 
 /// Serves until `stop` says so; sessions that still run then are cut off.
-pub async fn serve(listener: TcpListener, streaming: Streaming, service: Service, mut stop: watch::Receiver<bool>) {
+pub async fn serve(
+    listener: TcpListener,
+    streaming: Streaming,
+    service: Service,
+    mut stop: watch::Receiver<bool>,
+) {
     let mut connections = JoinSet::new();
     loop {
         // Cancel-safe: accept and wait_for lose nothing.
@@ -71,7 +76,11 @@ fn refuse(status: StatusCode, why: impl Into<String>) -> Answer {
     answer
 }
 
-async fn handle(request: Request<Incoming>, streaming: Streaming, service: Service) -> Result<Answer, Infallible> {
+async fn handle(
+    request: Request<Incoming>,
+    streaming: Streaming,
+    service: Service,
+) -> Result<Answer, Infallible> {
     if request.method() != Method::GET && request.method() != Method::POST {
         return Ok(refuse(StatusCode::METHOD_NOT_ALLOWED, "use GET or POST"));
     }
@@ -115,7 +124,8 @@ fn over_spdy(request: Request<Incoming>, job: Job, service: Service) -> Answer {
     let theirs = listed(request.headers(), VERSIONS);
     let chosen = theirs.iter().find_map(|t| ours.iter().find(|o| *o == t)).copied();
     let Some(protocol) = chosen else {
-        let why = format!("unable to negotiate protocol: client supports {theirs:?}, server accepts {ours:?}");
+        let why =
+            format!("unable to negotiate protocol: client supports {theirs:?}, server accepts {ours:?}");
         let mut answer = refuse(StatusCode::FORBIDDEN, why);
         for name in ours {
             answer.headers_mut().append(ACCEPTED, HeaderValue::from_static(name));
@@ -165,7 +175,9 @@ fn over_websocket(request: Request<Incoming>, job: Job, service: Service) -> Ans
     let protocol = match chosen {
         Some(protocol) => protocol,
         None if theirs.is_empty() => websocket::UNNAMED,
-        None => return refuse(StatusCode::FORBIDDEN, format!("none of the protocols {theirs:?} is spoken here")),
+        None => {
+            return refuse(StatusCode::FORBIDDEN, format!("none of the protocols {theirs:?} is spoken here"));
+        }
     };
     let key = header(request.headers(), "Sec-WebSocket-Key").to_owned();
     if key.is_empty() || header(request.headers(), "Sec-WebSocket-Version") != "13" {
@@ -180,7 +192,9 @@ fn over_websocket(request: Request<Incoming>, job: Job, service: Service) -> Ans
         };
         let socket = websocket::Socket::new(upgraded, protocol).await;
         match job {
-            Job::PortForward { sandbox, ports } => forward::over_websocket(service, sandbox, ports, socket).await,
+            Job::PortForward { sandbox, ports } => {
+                forward::over_websocket(service, sandbox, ports, socket).await
+            }
             Job::Exec { container, command, streams } => {
                 let remote = remote::over_websocket(socket, streams);
                 remote::exec(&service, container, command, streams, remote).await;

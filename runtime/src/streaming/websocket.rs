@@ -96,8 +96,10 @@ pub enum Received {
 impl Socket {
     /// Takes an upgraded connection.
     pub async fn new(upgraded: Upgraded, protocol: Protocol) -> Self {
-        let config = WebSocketConfig::default().max_message_size(Some(MAX_MESSAGE)).max_frame_size(Some(MAX_MESSAGE));
-        let stream = WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await;
+        let config =
+            WebSocketConfig::default().max_message_size(Some(MAX_MESSAGE)).max_frame_size(Some(MAX_MESSAGE));
+        let stream =
+            WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await;
         Self { stream, protocol }
     }
 
@@ -175,7 +177,13 @@ pub(super) async fn serve_remote(
 ) {
     let json = socket.protocol.json;
     let (mut sender, mut receiver) = socket.split();
-    let first = if streams.stdout { STDOUT } else if streams.stderr { STDERR } else { ERROR };
+    let first = if streams.stdout {
+        STDOUT
+    } else if streams.stderr {
+        STDERR
+    } else {
+        ERROR
+    };
     // Tells the client that the connection stands.
     if sender.send(first, &[]).await.is_err() {
         return;

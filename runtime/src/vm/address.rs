@@ -83,7 +83,8 @@ impl Pool {
 
     /// A free address: neither the first nor the last of the range.
     pub fn take(&mut self) -> Result<Ipv4Addr, String> {
-        let cidr = self.cidr.ok_or("no pod CIDR yet: it comes with UpdateRuntimeConfig once the node has one")?;
+        let cidr =
+            self.cidr.ok_or("no pod CIDR yet: it comes with UpdateRuntimeConfig once the node has one")?;
         let usable = cidr.size() - 2;
         for step in 0..usable {
             let offset = (self.cursor + step) % usable;
@@ -93,7 +94,9 @@ impl Pool {
                 return Ok(address);
             }
         }
-        Err(format!("all {usable} addresses of {cidr} are in use: remove pods, or give the node a larger range"))
+        Err(format!(
+            "all {usable} addresses of {cidr} are in use: remove pods, or give the node a larger range"
+        ))
     }
 
     /// Gives an address back.

@@ -8,8 +8,8 @@ use crate::error::{Error, Result, within};
 use atoll_spec::ids::SandboxId;
 use atoll_spec::vm::{MAX_MESSAGE, VmReply, VmRequest, VmStats};
 use rustix::net::{
-    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags,
-    SocketType,
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
+    SocketFlags, SocketType,
 };
 use std::io;
 use std::mem::MaybeUninit;
@@ -60,7 +60,12 @@ impl VmmClient {
 
     /// Sends a request and waits for its reply. Not cancel-safe for the connection: a caller that stops waiting makes the
     /// next call fail instead of taking the wrong reply.
-    pub async fn call(&self, request: &VmRequest, fds: &[BorrowedFd<'_>], deadline: Duration) -> Result<VmReply> {
+    pub async fn call(
+        &self,
+        request: &VmRequest,
+        fds: &[BorrowedFd<'_>],
+        deadline: Duration,
+    ) -> Result<VmReply> {
         let mut slot = self.socket.lock().await;
         let socket = slot.take().ok_or_else(|| self.lost("an earlier request failed"))?;
         let message = serde_json::to_vec(request).map_err(|e| self.lost(&e.to_string()))?;
@@ -93,7 +98,11 @@ impl VmmClient {
     }
 
     fn refused(&self, why: String) -> Error {
-        Error::Step { operation: "run the virtual machine of", object: format!("sandbox {}", self.sandbox), why }
+        Error::Step {
+            operation: "run the virtual machine of",
+            object: format!("sandbox {}", self.sandbox),
+            why,
+        }
     }
 
     fn lost(&self, why: &str) -> Error {

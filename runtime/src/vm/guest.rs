@@ -116,8 +116,13 @@ impl GuestLink {
             control.send(request).await.map_err(|_| self.lost("the connection broke"))?;
             answer.await.map_err(|_| self.lost("the connection broke during a call"))
         };
-        let answer = within(deadline, || format!("{what} in the guest of sandbox {}", self.sandbox), work).await??;
-        answer.map_err(|e| Error::Guest { sandbox: self.sandbox.to_string(), kind: e.kind, message: e.message })
+        let answer =
+            within(deadline, || format!("{what} in the guest of sandbox {}", self.sandbox), work).await??;
+        answer.map_err(|e| Error::Guest {
+            sandbox: self.sandbox.to_string(),
+            kind: e.kind,
+            message: e.message,
+        })
     }
 
     fn register(&self) -> Result<(u64, oneshot::Receiver<Answer>, mpsc::Sender<Vec<u8>>)> {
@@ -227,16 +232,20 @@ impl GuestLink {
                 }
                 true
             }
-            FromGuest::Event { sequence, event } => {
-                self.news.send(GuestNews::Event { sandbox: self.sandbox.clone(), sequence, event }).await.is_ok()
-            }
+            FromGuest::Event { sequence, event } => self
+                .news
+                .send(GuestNews::Event { sandbox: self.sandbox.clone(), sequence, event })
+                .await
+                .is_ok(),
         }
     }
 
     fn deliver(&self, number: u64, stream: GuestStream) {
         match self.lock().streams.remove(&number) {
             Some(waiting) => drop(waiting.send(stream)),
-            None => tracing::warn!(sandbox = %self.sandbox, stream = number, "the guest dialled a stream nobody asked for"),
+            None => {
+                tracing::warn!(sandbox = %self.sandbox, stream = number, "the guest dialled a stream nobody asked for")
+            }
         }
     }
 }

@@ -30,7 +30,8 @@ fn directory(root: &Path, sandbox: &SandboxId) -> PathBuf {
 /// limit unset, which [`spawn`] reports.
 pub fn enable_controllers(root: &Path) -> Result<()> {
     fs::create_dir_all(root).map_err(Error::io("make cgroup", root))?;
-    let above = root.ancestors().take_while(|p| p.join("cgroup.subtree_control").exists()).collect::<Vec<_>>();
+    let above =
+        root.ancestors().take_while(|p| p.join("cgroup.subtree_control").exists()).collect::<Vec<_>>();
     for cgroup in above.into_iter().rev() {
         for controller in ["+cpu", "+memory", "+pids", "+io"] {
             let _ = fs::write(cgroup.join("cgroup.subtree_control"), controller);
@@ -108,7 +109,9 @@ pub async fn clear(root: &Path, sandbox: &SandboxId) -> Result<()> {
         match fs::remove_dir(&cgroup) {
             Ok(()) => return Ok(()),
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(e) if tokio::time::Instant::now() > deadline => return Err(Error::io("remove cgroup", &cgroup)(e)),
+            Err(e) if tokio::time::Instant::now() > deadline => {
+                return Err(Error::io("remove cgroup", &cgroup)(e));
+            }
             Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
         }
     }
@@ -121,7 +124,8 @@ pub fn usage(root: &Path, sandbox: &SandboxId) -> HostUsage {
         fs::read_to_string(cgroup.join(file)).ok().and_then(|t| t.trim().parse::<u64>().ok()).unwrap_or(0)
     };
     let cpu = fs::read_to_string(cgroup.join("cpu.stat")).unwrap_or_default();
-    let cpu_us = cpu.lines().find_map(|l| l.strip_prefix("usage_usec ")).and_then(|v| v.trim().parse::<u64>().ok());
+    let cpu_us =
+        cpu.lines().find_map(|l| l.strip_prefix("usage_usec ")).and_then(|v| v.trim().parse::<u64>().ok());
     HostUsage {
         cpu_ns: cpu_us.unwrap_or(0).saturating_mul(1000),
         memory_bytes: number("memory.current"),

@@ -147,7 +147,8 @@ fn explain(error: Error, remains: &Remains) -> Error {
         let lines: Vec<&str> = text.lines().rev().take(3).map(str::trim).filter(|l| !l.is_empty()).collect();
         lines.into_iter().rev().collect::<Vec<_>>().join(" | ")
     };
-    let words: Vec<String> = ["vmm.log", "console.log"].into_iter().map(tail).filter(|t| !t.is_empty()).collect();
+    let words: Vec<String> =
+        ["vmm.log", "console.log"].into_iter().map(tail).filter(|t| !t.is_empty()).collect();
     if words.is_empty() {
         return error;
     }

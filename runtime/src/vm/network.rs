@@ -51,7 +51,8 @@ pub async fn open_port(tun: &Path, port: &Port) -> Result<OwnedFd> {
 async fn configure(handle: &Handle, port: &Port) -> std::result::Result<(), rtnetlink::Error> {
     let mut links = handle.link().get().match_name(port.tap.clone()).execute();
     let index = links.try_next().await?.map(|l| l.header.index).ok_or(rtnetlink::Error::RequestFailed)?;
-    let link = LinkUnspec::new_with_index(index).address(GATEWAY_MAC.to_vec()).mtu(u32::from(MTU)).up().build();
+    let link =
+        LinkUnspec::new_with_index(index).address(GATEWAY_MAC.to_vec()).mtu(u32::from(MTU)).up().build();
     handle.link().set(link).execute().await?;
     handle.address().add(index, IpAddr::V4(GATEWAY), 32).execute().await?;
     let route = RouteMessageBuilder::<Ipv4Addr>::new()
@@ -136,7 +137,8 @@ impl Filter {
 
 /// The whole table, replaced in one transaction.
 fn table(cidr: PodCidr, ports: &[Port]) -> String {
-    let elements = ports.iter().map(|p| format!("\"{}\" . {}", p.tap, p.address)).collect::<Vec<_>>().join(", ");
+    let elements =
+        ports.iter().map(|p| format!("\"{}\" . {}", p.tap, p.address)).collect::<Vec<_>>().join(", ");
     let elements = if elements.is_empty() { String::new() } else { format!("elements = {{ {elements} }}; ") };
     format!(
         "add table inet atoll
@@ -163,7 +165,8 @@ mod tests {
 
     #[test]
     fn the_table_names_every_pod_that_runs() {
-        let port = Port { tap: "atoll3".into(), address: Ipv4Addr::new(10, 0, 0, 1), mac: [2, 0, 0, 0, 0, 1] };
+        let port =
+            Port { tap: "atoll3".into(), address: Ipv4Addr::new(10, 0, 0, 1), mac: [2, 0, 0, 0, 0, 1] };
         let text = table(PodCidr::parse("10.0.0.0/24").unwrap(), &[port]);
         assert!(text.contains("elements = { \"atoll3\" . 10.0.0.1 }"), "{text}");
         assert!(text.contains("ip saddr 10.0.0.0/24 ip daddr != 10.0.0.0/24"), "{text}");

@@ -60,7 +60,16 @@ impl Scratch {
         // No journal: nobody mounts this disk again after a crash of its guest.
         let features = "^has_journal,^resize_inode,extent,sparse_super2";
         let child = tokio::process::Command::new(&self.mkfs)
-            .args(["-q", "-F", "-m", "0", "-O", features, "-E", "lazy_itable_init=1,nodiscard,root_owner=0:0"])
+            .args([
+                "-q",
+                "-F",
+                "-m",
+                "0",
+                "-O",
+                features,
+                "-E",
+                "lazy_itable_init=1,nodiscard,root_owner=0:0",
+            ])
             .args(["-U", "random", "-L", "scratch"])
             .arg(&unfinished)
             .stdin(Stdio::null())

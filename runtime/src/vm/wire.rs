@@ -66,7 +66,11 @@ pub async fn read_packet(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Opti
 }
 
 /// Writes data as packets of at most [`MAX_PACKET`] bytes; no data is one empty packet.
-pub async fn write_packets(to: &mut (impl AsyncWrite + Unpin), channel: Channel, data: &[u8]) -> io::Result<()> {
+pub async fn write_packets(
+    to: &mut (impl AsyncWrite + Unpin),
+    channel: Channel,
+    data: &[u8],
+) -> io::Result<()> {
     let mut chunks = data.chunks(MAX_PACKET);
     let mut next = Some(chunks.next().unwrap_or_default());
     while let Some(chunk) = next {

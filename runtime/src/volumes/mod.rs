@@ -47,14 +47,20 @@ pub enum Served {
 /// Decides how to serve a mount.
 pub fn classify(mount: &MountSpec, scratch: &[ScratchVolume]) -> Result<Served> {
     if !mount.container_path.starts_with('/') {
-        return Err(Error::Invalid(format!("mount path '{}' in the container is not absolute", mount.container_path)));
+        return Err(Error::Invalid(format!(
+            "mount path '{}' in the container is not absolute",
+            mount.container_path
+        )));
     }
     if !mount.image.is_empty() {
         return image(mount);
     }
     let path = Path::new(&mount.host_path);
     if !path.is_absolute() || path.components().any(|c| matches!(c, std::path::Component::ParentDir)) {
-        return Err(Error::Invalid(format!("host path '{}' must be absolute, without '..'", mount.host_path)));
+        return Err(Error::Invalid(format!(
+            "host path '{}' must be absolute, without '..'",
+            mount.host_path
+        )));
     }
     if let Some(source) = scratch_source(path, scratch) {
         return Ok(Served::Scratch(source));
@@ -86,7 +92,10 @@ fn image(mount: &MountSpec) -> Result<Served> {
         )));
     }
     if !mount.read_only {
-        return Err(Error::Refused(format!("image volume at {} can only be read-only", mount.container_path)));
+        return Err(Error::Refused(format!(
+            "image volume at {} can only be read-only",
+            mount.container_path
+        )));
     }
     Ok(Served::Image { image: mount.image.clone() })
 }
@@ -128,9 +137,9 @@ pub fn read_file(path: &Path) -> Result<MountSource> {
 
 /// Writes back what a container made of a file; the file stays the same file, for whoever has it open.
 pub fn write_back(path: &Path, base64: &str) -> Result<()> {
-    let content = STANDARD
-        .decode(base64)
-        .map_err(|e| Error::Invalid(format!("the guest sent an unreadable copy of {}: {e}", path.display())))?;
+    let content = STANDARD.decode(base64).map_err(|e| {
+        Error::Invalid(format!("the guest sent an unreadable copy of {}: {e}", path.display()))
+    })?;
     if fs::read(path).is_ok_and(|old| old == content) {
         return Ok(());
     }

@@ -47,7 +47,8 @@ struct Bounded(Vec<u8>);
 impl Write for Bounded {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         if self.0.len() + data.len() > MAX_TREE {
-            let why = format!("it holds more than {} MiB, the most that can be copied into a pod", MAX_TREE >> 20);
+            let why =
+                format!("it holds more than {} MiB, the most that can be copied into a pod", MAX_TREE >> 20);
             return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
         }
         self.0.extend_from_slice(data);
@@ -72,7 +73,8 @@ fn archive(directory: &Path) -> io::Result<Vec<u8>> {
 }
 
 fn append(builder: &mut tar::Builder<Bounded>, directory: &Path, inside: &Path) -> io::Result<()> {
-    let mut names = fs::read_dir(directory)?.map(|e| e.map(|e| e.file_name())).collect::<io::Result<Vec<_>>>()?;
+    let mut names =
+        fs::read_dir(directory)?.map(|e| e.map(|e| e.file_name())).collect::<io::Result<Vec<_>>>()?;
     names.sort();
     for name in names {
         let (path, relative) = (directory.join(&name), inside.join(&name));

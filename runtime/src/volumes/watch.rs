@@ -74,7 +74,9 @@ async fn send_until_done(link: &GuestLink, name: &str, directory: &Path) {
             Ok(()) => return,
             // Without its VM there is nobody to send to; the service drops the watch.
             Err(Error::Lost { .. }) => return,
-            Err(error) => tracing::warn!(directory = %directory.display(), %error, "cannot send a changed volume"),
+            Err(error) => {
+                tracing::warn!(directory = %directory.display(), %error, "cannot send a changed volume")
+            }
         }
         tokio::time::sleep(RETRY).await;
     }

@@ -92,12 +92,10 @@ impl Guest {
                 Ok(Reply::Done)
             }
             Call::StartContainer { container } => self.start(container).await,
-            Call::SignalContainer { container, signal, .. } => {
-                self.with(&container, |c| {
-                    c.signal.send_replace(signal);
-                    Ok(Reply::Done)
-                })
-            }
+            Call::SignalContainer { container, signal, .. } => self.with(&container, |c| {
+                c.signal.send_replace(signal);
+                Ok(Reply::Done)
+            }),
             Call::RemoveContainer { container } => {
                 let removed = self.state.lock().unwrap().containers.remove(&container);
                 removed.map(|_| Reply::Done).ok_or_else(|| error(GuestErrorKind::NotFound))
@@ -160,7 +158,8 @@ impl Guest {
 
     fn stats(&self) -> GuestStats {
         let state = self.state.lock().unwrap();
-        let usage = Usage { memory_bytes: 11, pids: state.trees.values().sum::<usize>() as u64, ..Usage::default() };
+        let usage =
+            Usage { memory_bytes: 11, pids: state.trees.values().sum::<usize>() as u64, ..Usage::default() };
         let containers = state.containers.keys().map(|id| (id.to_string(), usage)).collect();
         GuestStats { total: usage, containers, ..GuestStats::default() }
     }
@@ -235,7 +234,9 @@ where
             "cat" | "sizes" => loop {
                 match read_packet(&mut stream).await? {
                     Some((Channel::Stdin, data)) if data.is_empty() => return Ok(0),
-                    Some((Channel::Stdin, data)) => write_packets(&mut stream, Channel::Stdout, &data).await?,
+                    Some((Channel::Stdin, data)) => {
+                        write_packets(&mut stream, Channel::Stdout, &data).await?
+                    }
                     Some((Channel::Resize, data)) => {
                         let text = format!("{}x{}\n", data[0], data[2]);
                         write_packets(&mut stream, Channel::Stdout, text.as_bytes()).await?;

@@ -3,7 +3,7 @@
 //! The VMM speaks the control protocol over its real socket; the guest dials like a real one, over socket pairs whose
 //! address the fake host vouches for. What survives a restart of the runtime lives in [`FakeHost`].
 
-#![expect(dead_code, reason = "each test binary uses its part")]
+#![expect(dead_code, clippy::unwrap_used, reason = "each test binary uses its part, and a test may panic")]
 
 pub mod guest;
 
@@ -136,7 +136,13 @@ impl Host for FakeHost {
 
     fn boot_files(&self) -> Result<BootFiles> {
         let null = || File::open("/dev/null").unwrap();
-        Ok(BootFiles { kvm: null(), kernel: null(), initramfs: null(), vhost_vsock: null(), vhost_net: null() })
+        Ok(BootFiles {
+            kvm: null(),
+            kernel: null(),
+            initramfs: null(),
+            vhost_vsock: null(),
+            vhost_net: null(),
+        })
     }
 
     fn spawn_vmm(&self, order: &VmmOrder, listener: &OwnedFd) -> Result<VmmProcess> {
@@ -256,9 +262,21 @@ impl Fixture {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name).display().to_string();
         let mut config = Cli::parse_from([
-            "test", "--socket", &path("cri.sock"), "--data", &path("data"), "--run", &path("run"),
-            "--mkfs-ext4", "/bin/true", "--scratch-mib", "64", "--pod-cidr", "10.9.0.0/24",
-            "--launch-seconds", "20",
+            "test",
+            "--socket",
+            &path("cri.sock"),
+            "--data",
+            &path("data"),
+            "--run",
+            &path("run"),
+            "--mkfs-ext4",
+            "/bin/true",
+            "--scratch-mib",
+            "64",
+            "--pod-cidr",
+            "10.9.0.0/24",
+            "--launch-seconds",
+            "20",
         ])
         .config;
         config.socket_gid = 0;
@@ -282,7 +300,11 @@ impl Fixture {
         let endpoint = format!("unix://{}", self.config.socket.display());
         let channel = tonic::transport::Endpoint::try_from(endpoint).unwrap().connect().await.unwrap();
         let logs = self.directory.path().join("logs").display().to_string();
-        Client { runtime: RuntimeServiceClient::new(channel.clone()).max_decoding_message_size(16 << 20), images: ImageServiceClient::new(channel), logs }
+        Client {
+            runtime: RuntimeServiceClient::new(channel.clone()).max_decoding_message_size(16 << 20),
+            images: ImageServiceClient::new(channel),
+            logs,
+        }
     }
 }
 
@@ -323,7 +345,10 @@ impl Client {
         }
     }
 
-    pub async fn sandbox_with(&mut self, config: PodSandboxConfig) -> std::result::Result<String, tonic::Status> {
+    pub async fn sandbox_with(
+        &mut self,
+        config: PodSandboxConfig,
+    ) -> std::result::Result<String, tonic::Status> {
         let request = RunPodSandboxRequest { config: Some(config), ..Default::default() };
         Ok(self.runtime.run_pod_sandbox(request).await?.into_inner().pod_sandbox_id)
     }
@@ -348,8 +373,11 @@ impl Client {
         sandbox: &str,
         config: ContainerConfig,
     ) -> std::result::Result<String, tonic::Status> {
-        let request =
-            CreateContainerRequest { pod_sandbox_id: sandbox.into(), config: Some(config), sandbox_config: None };
+        let request = CreateContainerRequest {
+            pod_sandbox_id: sandbox.into(),
+            config: Some(config),
+            sandbox_config: None,
+        };
         Ok(self.runtime.create_container(request).await?.into_inner().container_id)
     }
 
@@ -384,7 +412,9 @@ impl Client {
                 tokio::time::sleep(std::time::Duration::from_millis(5)).await;
             }
         };
-        tokio::time::timeout(std::time::Duration::from_secs(20), wait).await.expect("the container did not end")
+        tokio::time::timeout(std::time::Duration::from_secs(20), wait)
+            .await
+            .expect("the container did not end")
     }
 
     pub async fn sandbox_status(&mut self, id: &str) -> PodSandboxStatus {

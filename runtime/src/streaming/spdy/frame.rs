@@ -184,13 +184,15 @@ fn decompress(state: &mut Decompress, mut input: &[u8]) -> io::Result<Vec<u8>> {
 
 fn parse_headers(mut block: &[u8]) -> io::Result<Headers> {
     fn word(block: &mut &[u8]) -> io::Result<usize> {
-        let (head, rest) = block.split_first_chunk::<4>().ok_or_else(|| bad("SPDY header block too short"))?;
+        let (head, rest) =
+            block.split_first_chunk::<4>().ok_or_else(|| bad("SPDY header block too short"))?;
         *block = rest;
         Ok(u32::from_be_bytes(*head) as usize)
     }
     fn text(block: &mut &[u8]) -> io::Result<String> {
         let length = word(block)?;
-        let (text, rest) = block.split_at_checked(length).ok_or_else(|| bad("SPDY header block too short"))?;
+        let (text, rest) =
+            block.split_at_checked(length).ok_or_else(|| bad("SPDY header block too short"))?;
         *block = rest;
         Ok(String::from_utf8_lossy(text).into_owned())
     }
@@ -239,7 +241,12 @@ impl Encoder {
                 control(&mut out, kind::SYN_REPLY, 0, &payload)?;
             }
             Frame::Reset { stream, status } => {
-                control(&mut out, kind::RST_STREAM, 0, &[stream.to_be_bytes(), status.to_be_bytes()].concat())?;
+                control(
+                    &mut out,
+                    kind::RST_STREAM,
+                    0,
+                    &[stream.to_be_bytes(), status.to_be_bytes()].concat(),
+                )?;
             }
             Frame::Ping(id) => control(&mut out, kind::PING, 0, &id.to_be_bytes())?,
             Frame::GoAway { last } => {
@@ -304,8 +311,11 @@ mod tests {
     fn frames() -> impl Strategy<Value = Frame> {
         let stream = 1u32..0x7fff_ffff;
         prop_oneof![
-            (stream.clone(), headers(), any::<bool>())
-                .prop_map(|(stream, headers, fin)| Frame::SynStream { stream, headers, fin }),
+            (stream.clone(), headers(), any::<bool>()).prop_map(|(stream, headers, fin)| Frame::SynStream {
+                stream,
+                headers,
+                fin
+            }),
             (stream.clone(), headers()).prop_map(|(stream, headers)| Frame::SynReply { stream, headers }),
             (stream.clone(), any::<u32>()).prop_map(|(stream, status)| Frame::Reset { stream, status }),
             any::<u32>().prop_map(Frame::Ping),
