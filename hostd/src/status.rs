@@ -111,11 +111,12 @@ impl Status {
             Clock::Synchronised { .. } => "clock synchronised",
             Clock::NoServer | Clock::Asking | Clock::Unreachable(_) => "clock not synchronised",
         };
-        let problems = if self.problems.is_empty() {
-            String::new()
-        } else {
-            format!(", {} problems", self.problems.len())
-        };
-        format!("{addresses} addresses, {clock}{problems}")
+        let count =
+            |n: usize, one: &str, many: &str| if n == 1 { format!("1 {one}") } else { format!("{n} {many}") };
+        let mut text = format!("{}, {clock}", count(addresses, "address", "addresses"));
+        if !self.problems.is_empty() {
+            text += &format!(", {}", count(self.problems.len(), "problem", "problems"));
+        }
+        text
     }
 }
