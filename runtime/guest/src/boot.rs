@@ -118,7 +118,14 @@ fn serve(options: Options) -> Result<()> {
     let server = Arc::clone(&guest);
     std::thread::Builder::new()
         .name("rpc".into())
-        .spawn(move || rpc::serve(&server))
+        .spawn(move || {
+            loop {
+                let serving = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| rpc::serve(&server)));
+                if serving.is_err() {
+                    log::line("talking to the runtime failed; dialling again");
+                }
+            }
+        })
         .during(|| "start the thread that talks to the runtime".into())?;
     loop {
         guest.processes.reap();
