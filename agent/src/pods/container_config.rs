@@ -118,7 +118,8 @@ fn mounts(spec: &api::Container, places: &Places, env: &BTreeMap<String, String>
             .volumes
             .get(&mount.name)
             .ok_or_else(|| format!("mount {}: the pod has no volume '{}'", mount.mount_path, mount.name))?;
-        let host = directory.join(sub_path(mount, env)?);
+        let part = sub_path(mount, env)?;
+        let host = if part.as_os_str().is_empty() { directory.clone() } else { directory.join(part) };
         hosts_taken |= mount.mount_path.trim_end_matches('/') == "/etc/hosts";
         mounts.push(v1::Mount {
             container_path: absolute(&mount.mount_path),

@@ -357,7 +357,8 @@ fn short_duration(seconds: i64) -> String {
 /// Keeps, of each container, the newest run and one ended before it, for `kubectl logs --previous`.
 fn collect_garbage(plan: &mut Plan, desired: &Desired, actual: &Actual, memory: &Memory) {
     for container in &desired.containers {
-        for old in actual.runs(&container.name).skip(2).filter(|r| r.state == State::Exited) {
+        let ended = |r: &&Ran| r.state == State::Exited && !r.sandbox.is_empty();
+        for old in actual.runs(&container.name).skip(2).filter(ended) {
             plan.give(memory, Action::RemoveContainer { id: old.id.clone() });
         }
     }
@@ -402,14 +403,16 @@ pub fn stop(desired: &Desired, actual: &Actual, memory: &Memory, stop: &Stop, no
 }
 
 fn remove(plan: &mut Plan, actual: &Actual, memory: &Memory) {
-    for container in &actual.containers {
-        plan.give(memory, Action::RemoveContainer { id: container.id.clone() });
-    }
-    if actual.containers.is_empty() {
+    // Runs that only the status remembers have no sandbox, and there is nothing of them to remove.
+    let mut left = actual.containers.iter().filter(|c| !c.sandbox.is_empty()).peekable();
+    if left.peek().is_none() {
         for sandbox in &actual.sandboxes {
             plan.give(memory, Action::RemoveSandbox { id: sandbox.id.clone() });
         }
         plan.gone = actual.sandboxes.is_empty();
+    }
+    for container in left {
+        plan.give(memory, Action::RemoveContainer { id: container.id.clone() });
     }
 }
 

@@ -137,6 +137,17 @@ fn probes_and_changes_kill() {
 }
 
 #[test]
+fn what_only_the_status_remembers_is_not_removed_again() {
+    let desired = pod("{containers: [{name: a, image: i}]}");
+    let mut remembered = ran("a", 0, State::Exited, 0);
+    remembered.sandbox = String::new();
+    let seen = Actual::new(vec![], vec![remembered]);
+    let order = Stop { why: String::new(), deadline: at(1_030), remove: true };
+    let plan = stop(&desired, &seen, &Memory::default(), &order, at(1_000));
+    assert!(plan.gone && plan.actions.is_empty());
+}
+
+#[test]
 fn stops_mains_then_sidecars_in_reverse_then_the_sandbox() {
     let desired = pod(
         "{initContainers: [{name: s, image: i, restartPolicy: Always}, {name: t, image: i, restartPolicy: Always}],
@@ -179,7 +190,8 @@ fn any_actual() -> impl Strategy<Value = Actual> {
     let container = ("[isab]", 0u32..4, any_state(), prop_oneof![Just(0), Just(1), Just(137)], 0u32..3);
     let containers = prop::collection::vec(container, 0..8);
     (containers, prop::collection::vec(any::<bool>(), 0..3)).prop_map(|(containers, ready)| {
-        let containers = containers.into_iter().map(|(name, restarts, state, code, sandbox)| {
+        let mut ids = BTreeSet::new();
+        let containers = containers.into_iter().filter(|c| ids.insert((c.0.clone(), c.1))).map(|(name, restarts, state, code, sandbox)| {
             let mut ran = ran(&name, restarts, state, code);
             ran.sandbox = format!("s{sandbox}");
             ran

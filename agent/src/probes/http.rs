@@ -57,11 +57,13 @@ impl Request<'_> {
         }
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| e.to_string())?;
-        // The connection is driven here, so that it ends with this call.
-        tokio::select! {
-            response = sender.send_request(request) => response.map(|r| r.status().as_u16()).map_err(|e| e.to_string()),
-            ended = connection => Err(ended.err().map_or_else(|| "the connection was closed".into(), |e| e.to_string())),
-        }
+        let mut response = std::pin::pin!(sender.send_request(request));
+        // The connection is driven here, so that it ends with this call. It may end before its answer is looked at.
+        let response = tokio::select! {
+            response = &mut response => response,
+            _ = connection => response.await,
+        };
+        response.map(|r| r.status().as_u16()).map_err(|e| e.to_string())
     }
 }
 
