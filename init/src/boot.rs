@@ -4,13 +4,14 @@
 use crate::clock::{millis, uptime};
 use crate::command_line::{BootFailurePolicy, Options};
 use crate::console::Console;
+use crate::devices::Devices;
 use crate::error::{Error, Result, chain};
 use crate::services::{self, Service};
 use crate::shutdown::{self, Machine};
-use crate::sys::{PowerAction, Syscalls};
+use crate::sys::Syscalls;
 use crate::watchdog::Guard;
 use crate::{cgroups, hardening, identity, modules, mounts};
-use atoll_spec::control::BootPhase;
+use atoll_spec::control::{BootPhase, ShutdownAction};
 use std::time::Duration;
 
 /// How long a person has to read what failed before the machine boots again.
@@ -28,6 +29,8 @@ pub struct Boot<'a> {
     pub options: Options,
     /// The services of this image.
     pub services: Vec<Service>,
+    /// Power buttons and what is plugged in.
+    pub devices: Devices,
     /// Phases that are over.
     pub phases: Vec<BootPhase>,
 }
@@ -120,9 +123,11 @@ fn pseudo_file_systems(boot: &mut Boot<'_>) -> Result<()> {
 }
 
 fn drivers(boot: &mut Boot<'_>) -> Result<()> {
+    // First listen, then look: what comes in between is seen twice and not never.
+    let listening = boot.devices.listen();
     let devices = modules::coldplug(boot.sys)?;
     boot.console.say(format!("asked for the drivers of {devices} kinds of devices"));
-    Ok(())
+    listening
 }
 
 fn watchdog(boot: &mut Boot<'_>) -> Result<()> {
@@ -153,8 +158,8 @@ pub fn fail(boot: &Boot<'_>, phase: &str, error: &str) {
     boot.console
         .say(format!("done before it: {}", if done.is_empty() { "nothing".into() } else { done.join(", ") }));
     let (word, action) = match boot.options.boot_failure {
-        BootFailurePolicy::Reboot => ("reboots", PowerAction::Restart),
-        BootFailurePolicy::PowerOff => ("switches off", PowerAction::Off),
+        BootFailurePolicy::Reboot => ("reboots", ShutdownAction::Reboot),
+        BootFailurePolicy::PowerOff => ("switches off", ShutdownAction::PowerOff),
         BootFailurePolicy::Hold => {
             boot.guard.release();
             boot.console.say("the machine stays as it is, as atoll.boot-failure=hold asks");
@@ -169,7 +174,7 @@ pub fn fail(boot: &Boot<'_>, phase: &str, error: &str) {
         }
         std::thread::sleep(Duration::from_secs(1));
     }
-    shutdown::force(&machine, action);
+    shutdown::force(&machine, action, &format!("phase {phase}: {error}"));
 }
 
 #[cfg(test)]
@@ -185,6 +190,7 @@ mod tests {
             guard: &guard,
             options: Options::default(),
             services: Vec::new(),
+            devices: Devices::default(),
             phases: Vec::new(),
         })
     }

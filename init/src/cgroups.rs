@@ -93,6 +93,13 @@ pub fn kill(sys: &dyn Syscalls, group: &str) -> Result<()> {
     }
 }
 
+/// How many processes of a service were killed because its memory ran out, since boot.
+pub fn out_of_memory_kills(sys: &dyn Syscalls, service: &str) -> u64 {
+    let text = sys.read(&format!("{}/memory.events", group_of(service))).unwrap_or_default();
+    let count = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
+    count.and_then(|count| count.trim().parse().ok()).unwrap_or(0)
+}
+
 /// Whether a cgroup or one below it has any process.
 pub fn is_populated(sys: &dyn Syscalls, group: &str) -> bool {
     sys.read(&format!("{group}/cgroup.events"))

@@ -5,12 +5,14 @@
 //! only, because the screen is then hostd's.
 
 use crate::clock;
+use crate::log::ServiceLog;
+use atoll_spec::control::LogLine;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 const QUEUE: usize = 1024;
@@ -28,6 +30,8 @@ enum Message {
 pub struct Console {
     queue: SyncSender<Message>,
     dropped: Arc<AtomicU64>,
+    /// init's own lines, for whoever asks later.
+    kept: Arc<Mutex<ServiceLog>>,
 }
 
 impl Console {
@@ -42,7 +46,7 @@ impl Console {
             // Without the thread the queue just fills up; this line is all that will ever be seen.
             eprintln!("atoll: cannot start the console's thread: {error}");
         }
-        Self { queue, dropped }
+        Self { queue, dropped, kept: Arc::default() }
     }
 
     /// Opens the kernel's consoles, once `/dev` and `/sys` are there.
@@ -57,8 +61,19 @@ impl Console {
 
     /// A line of init's own.
     pub fn say(&self, text: impl AsRef<str>) {
-        let now = clock::uptime().as_secs_f64();
-        self.send(Message::Own(format!("atoll: [{now:8.3}s] {}", text.as_ref())));
+        let now = clock::uptime();
+        self.kept().add(clock::millis(now), text.as_ref());
+        self.send(Message::Own(format!("atoll: [{:8.3}s] {}", now.as_secs_f64(), text.as_ref())));
+    }
+
+    /// The last lines of init's own, oldest first; all for 0.
+    pub fn last(&self, count: usize) -> Vec<LogLine> {
+        self.kept().last(count)
+    }
+
+    fn kept(&self) -> MutexGuard<'_, ServiceLog> {
+        // A thread that panicked while it added a line left the lines before.
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A line of a service.
@@ -159,10 +174,11 @@ mod tests {
     #[test]
     fn a_full_queue_never_blocks() {
         let (queue, _lines) = sync_channel(1);
-        let console = Console { queue, dropped: Arc::default() };
+        let console = Console { queue, dropped: Arc::default(), kept: Arc::default() };
         console.say("one");
         console.say("two");
         console.flush(Duration::from_millis(1));
+        assert_eq!(console.last(1)[0].text, "two");
         assert_eq!(console.dropped.load(Ordering::Relaxed), 1);
     }
 }

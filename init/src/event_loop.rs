@@ -1,25 +1,20 @@
 //! What PID 1 does from the end of the boot to the shutdown: waits for whatever happens, tells the supervisor, and
 //! carries out what it answers. One thread, one owner of all state; nothing here blocks.
 
+use crate::boot;
 use crate::clock::{millis, uptime};
 use crate::control::{Bus, Query, Reply, Request};
-use crate::error::{Error, Result, chain};
-use crate::hotplug::Hotplug;
-use crate::log::ServiceLog;
+use crate::devices::Devices;
+use crate::error::chain;
 use crate::notify::{self, Notice, NotifySocket};
-use crate::power_button::PowerButtons;
-use crate::process::{self, Child, Program};
+use crate::programs::Programs;
 use crate::reap::{Asked, Signals};
-use crate::services::Service;
 use crate::shutdown::{self, Machine};
 use crate::supervise::{Action, Event, Rules, ServiceId, Supervisor};
 use crate::sys::{Signal, Target};
-use crate::{boot, cgroups, modules};
-use atoll_spec::control::{BootPhase, RebootCause, ServiceState, ServiceStatus, ShutdownAction};
+use atoll_spec::control::{BootPhase, ServiceState, ServiceStatus, ShutdownAction};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::pipe::{PipeFlags, pipe_with};
-use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 /// The loop comes round at least this often.
@@ -30,9 +25,9 @@ const PROMISE: Duration = Duration::from_secs(60);
 const SERVICES_READY_WITHIN: Duration = Duration::from_secs(300);
 /// After the kill there is only the kernel to wait for.
 const AFTER_KILL: Duration = Duration::from_secs(3);
-/// Longest run of modprobe for a device that was plugged in.
-const DRIVER_WITHIN: Duration = Duration::from_secs(20);
-const READ_AT_ONCE: usize = 64 * 1024;
+
+/// Name under which init's own lines are asked for.
+const INIT: &str = "init";
 
 /// Where the loop meets services and hostd.
 #[derive(Debug)]
@@ -43,12 +38,8 @@ pub struct Doors {
     pub bus: Bus,
     /// Signals of this process.
     pub signals: Signals,
-}
-
-/// What a service's programs wrote, by the pipe it comes through.
-struct Output {
-    id: ServiceId,
-    pipe: OwnedFd,
+    /// Power buttons and what is plugged in.
+    pub devices: Devices,
 }
 
 struct Shutdown {
@@ -61,15 +52,9 @@ struct Shutdown {
 /// The state of a running host.
 pub struct EventLoop<'a> {
     machine: Machine<'a>,
-    services: Vec<Service>,
-    environment: Vec<String>,
+    programs: Programs,
     supervisor: Supervisor,
-    logs: Vec<ServiceLog>,
-    outputs: Vec<Output>,
     doors: Doors,
-    hotplug: Option<Hotplug>,
-    driver: Option<(Child, Duration)>,
-    buttons: PowerButtons,
     phases: Vec<BootPhase>,
     started: Duration,
     services_told: bool,
@@ -77,15 +62,9 @@ pub struct EventLoop<'a> {
 }
 
 impl<'a> EventLoop<'a> {
-    /// A loop that will start these services.
-    pub fn new(
-        machine: Machine<'a>,
-        services: Vec<Service>,
-        phases: Vec<BootPhase>,
-        doors: Doors,
-        notify: &Path,
-        log_filter: Option<&str>,
-    ) -> Self {
+    /// A loop that will start these programs' services.
+    pub fn new(machine: Machine<'a>, programs: Programs, phases: Vec<BootPhase>, mut doors: Doors) -> Self {
+        let services = programs.services();
         let place = |name: &String| services.iter().position(|service| service.name == *name).map(ServiceId);
         let rules = services
             .iter()
@@ -97,34 +76,15 @@ impl<'a> EventLoop<'a> {
                 stop_deadline: service.stop_deadline,
             })
             .collect();
-        let mut environment = vec![
-            "PATH=/usr/sbin:/usr/bin".to_owned(),
-            "HOME=/".to_owned(),
-            format!("NOTIFY_SOCKET={}", notify.display()),
-        ];
-        environment.extend(log_filter.map(|filter| format!("ATOLL_LOG={filter}")));
-        let hotplug = Hotplug::open();
-        if let Err(error) = &hotplug {
-            machine.console.say(format!("devices plugged in later get no driver: {}", chain(error)));
-        }
-        let logs = services.iter().map(|_| ServiceLog::default()).collect();
-        let mut buttons = PowerButtons::default();
-        buttons.look();
-        machine.console.say(match buttons.count() {
+        machine.console.say(match doors.devices.look_for_buttons() {
             0 => "no power button found yet".to_owned(),
             count => format!("listening to {count} power button(s)"),
         });
         Self {
             machine,
             supervisor: Supervisor::new(rules),
-            services,
-            environment,
-            logs,
-            outputs: Vec::new(),
+            programs,
             doors,
-            hotplug: hotplug.ok(),
-            driver: None,
-            buttons,
             phases,
             started: uptime(),
             services_told: false,
@@ -139,7 +99,7 @@ impl<'a> EventLoop<'a> {
             self.machine.guard.promise("init's event loop", PROMISE, Duration::ZERO);
             self.wait();
             self.read_notices();
-            self.read_outputs();
+            self.programs.read_outputs(self.machine.console);
             self.read_signals();
             self.read_devices();
             while let Some(query) = self.doors.bus.next() {
@@ -157,8 +117,7 @@ impl<'a> EventLoop<'a> {
         let now = uptime();
         let deadlines = [
             self.supervisor.next_deadline(),
-            self.hotplug.as_ref().filter(|_| self.driver.is_none()).and_then(Hotplug::next_deadline),
-            self.driver.as_ref().map(|(_, until)| *until),
+            self.doors.devices.next_deadline(),
             self.shutdown.as_ref().map(|shutdown| shutdown.force_at),
         ];
         let next = deadlines.into_iter().flatten().min().unwrap_or(Duration::MAX);
@@ -170,9 +129,8 @@ impl<'a> EventLoop<'a> {
                 .into_iter()
                 .map(readable)
                 .collect();
-        fds.extend(self.hotplug.iter().map(|hotplug| readable(hotplug.as_fd())));
-        fds.extend(self.buttons.descriptors().map(readable));
-        fds.extend(self.outputs.iter().map(|output| readable(output.pipe.as_fd())));
+        fds.extend(self.doors.devices.descriptors().map(readable));
+        fds.extend(self.programs.descriptors().map(readable));
         // Interrupted or not: everything is looked at afterwards, and all of it without blocking.
         let _ = poll(&mut fds, Some(&timeout));
     }
@@ -190,7 +148,7 @@ impl<'a> EventLoop<'a> {
     fn carry_out(&mut self, action: Action) -> Option<Event> {
         let sys = self.machine.sys;
         match action {
-            Action::Spawn(id) => Some(match self.spawn(id) {
+            Action::Spawn(id) => Some(match self.programs.start(sys, id) {
                 Ok(child) => Event::Spawned(id, child.pid),
                 Err(error) => Event::SpawnFailed(id, chain(&error)),
             }),
@@ -200,17 +158,13 @@ impl<'a> EventLoop<'a> {
                 None
             }
             Action::Kill(id) => {
-                let group = cgroups::group_of(&self.services[id.0].name);
-                if cgroups::kill(sys, &group).is_err() || !sys.exists(&group) {
-                    // Without a cgroup there is the main process alone.
-                    let _ = sys.kill(Target::Process(self.supervisor.pid(id)), Signal::Kill);
-                }
+                self.programs.kill(sys, id, self.supervisor.pid(id));
                 None
             }
             Action::Announce(id) => {
                 let status = self.supervisor.status(id);
                 let text = self.describe(&status);
-                self.logs[id.0].add(millis(uptime()), &format!("init: {text}"));
+                self.programs.remark(id, &text);
                 self.machine.console.say(format!("service {} {text}", status.name));
                 self.doors.bus.announce(status);
                 None
@@ -233,24 +187,6 @@ impl<'a> EventLoop<'a> {
             ServiceState::Starting => format!("starting (start {})", status.restarts + 1),
             state => state.to_string(),
         }
-    }
-
-    fn spawn(&mut self, id: ServiceId) -> Result<Child> {
-        let service = &self.services[id.0];
-        let (reader, writer) =
-            pipe_with(PipeFlags::CLOEXEC).map_err(Error::system("make a pipe for a service's output"))?;
-        rustix::io::ioctl_fionbio(&reader, true)
-            .map_err(Error::system("set up a pipe for a service's output"))?;
-        let cgroup = cgroups::open(&service.name);
-        let child = process::spawn(&Program {
-            command: &service.command,
-            environment: &self.environment,
-            confinement: Some(&service.confinement),
-            cgroup: cgroup.as_ref().map(AsFd::as_fd),
-            output: writer.as_fd(),
-        })?;
-        self.outputs.push(Output { id, pipe: reader });
-        Ok(child)
     }
 
     fn read_notices(&mut self) {
@@ -278,24 +214,6 @@ impl<'a> EventLoop<'a> {
         })
     }
 
-    fn read_outputs(&mut self) {
-        let mut buffer = vec![0_u8; READ_AT_ONCE];
-        let (logs, services, console) = (&mut self.logs, &self.services, self.machine.console);
-        self.outputs.retain(|Output { id, pipe }| {
-            let now = millis(uptime());
-            let (lines, open): (Vec<String>, bool) = match rustix::io::read(pipe, &mut buffer[..]) {
-                Ok(0) => (logs[id.0].finish(now).into_iter().collect(), false),
-                Ok(read) => (logs[id.0].take(now, &buffer[..read]), true),
-                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => (Vec::new(), true),
-                Err(_) => (Vec::new(), false),
-            };
-            for line in lines {
-                console.service(&services[id.0].name, now, &line);
-            }
-            open
-        });
-    }
-
     fn read_signals(&mut self) {
         while let Some(asked) = self.doors.signals.next() {
             match asked {
@@ -308,56 +226,19 @@ impl<'a> EventLoop<'a> {
         }
         // Signals of the same kind merge: collect until nobody is left.
         while let Some((pid, exit)) = self.machine.sys.collect() {
-            if self.driver.as_ref().is_some_and(|(child, _)| child.pid == pid) {
-                self.driver = None;
-                self.buttons.look();
-            } else if let Some(id) = self.supervisor.by_pid(pid) {
-                self.tell(Event::Ended(id, exit.to_string()));
+            if self.doors.devices.ended(pid) {
+                continue;
+            }
+            if let Some(id) = self.supervisor.by_pid(pid) {
+                let how = self.programs.explain(self.machine.sys, id, exit);
+                self.tell(Event::Ended(id, how));
             }
         }
     }
 
     fn read_devices(&mut self) {
-        let now = uptime();
-        if self.buttons.pressed() {
+        if self.doors.devices.read(self.machine.sys, self.machine.console) {
             self.begin_shutdown(ShutdownAction::PowerOff, "power-button", "the power button was pressed");
-        }
-        let Some(hotplug) = &mut self.hotplug else { return };
-        hotplug.read(now);
-        if hotplug.take_seen_input() {
-            self.buttons.look();
-        }
-        match &self.driver {
-            Some((child, until)) if now >= *until => {
-                // It is collected when it has ended.
-                let _ = self.machine.sys.kill(Target::Process(child.pid), Signal::Kill);
-            }
-            Some(_) => {}
-            None => {
-                if let Some(aliases) = hotplug.take_due(now) {
-                    self.load_drivers(&aliases);
-                }
-            }
-        }
-    }
-
-    fn load_drivers(&mut self, aliases: &[String]) {
-        let started = std::fs::File::options()
-            .write(true)
-            .open("/dev/null")
-            .map_err(Error::file("open", "/dev/null"))
-            .and_then(|null| {
-                process::spawn(&Program {
-                    command: &modules::modprobe(aliases),
-                    environment: &self.environment[..1],
-                    confinement: None,
-                    cgroup: None,
-                    output: null.as_fd(),
-                })
-            });
-        match started {
-            Ok(child) => self.driver = Some((child, uptime() + DRIVER_WITHIN)),
-            Err(error) => self.machine.console.say(format!("no driver for a new device: {}", chain(&error))),
         }
     }
 
@@ -369,9 +250,12 @@ impl<'a> EventLoop<'a> {
             Request::Start(name) => self.with_service(&name, |it, id| it.ask(Event::Start(id))),
             Request::Stop(name) => self.with_service(&name, |it, id| it.ask(Event::Stop(id))),
             Request::Restart(name) => self.with_service(&name, |it, id| it.ask(Event::Restart(id))),
-            Request::Logs(name, lines) => self.with_service(&name, |it, id| {
-                Reply::Lines(it.logs[id.0].last(usize::try_from(lines).unwrap_or(usize::MAX)))
-            }),
+            Request::Logs(name, lines) if name == INIT => {
+                Reply::Lines(self.machine.console.last(usize::try_from(lines).unwrap_or(usize::MAX)))
+            }
+            Request::Logs(name, lines) => {
+                self.with_service(&name, |it, id| Reply::Lines(it.programs.log(id, lines)))
+            }
             Request::Shutdown(action, reason) => {
                 self.begin_shutdown(action, "control", &reason);
                 Reply::Done
@@ -392,7 +276,8 @@ impl<'a> EventLoop<'a> {
         match self.supervisor.find(name) {
             Some(id) => then(self, id),
             None => {
-                let known: Vec<&str> = self.services.iter().map(|service| service.name.as_str()).collect();
+                let known: Vec<&str> =
+                    self.programs.services().iter().map(|service| service.name.as_str()).collect();
                 Reply::Refused(format!("there is no service {name:?}; there are {}", known.join(", ")))
             }
         }
@@ -436,18 +321,7 @@ impl<'a> EventLoop<'a> {
             "shutdown: {action} asked by {source}: {reason}; takes at most {} s",
             shutdown::WORST_CASE.as_secs()
         ));
-        let since_epoch =
-            std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        shutdown::record_cause(
-            &self.machine,
-            &RebootCause {
-                action,
-                source: source.to_owned(),
-                reason: reason.to_owned(),
-                uptime_s: uptime().as_secs(),
-                unix_time_s: since_epoch.as_secs(),
-            },
-        );
+        shutdown::record_cause(self.machine.sys, self.machine.console, action, source, reason);
         self.shutdown = Some(Shutdown {
             action,
             force_at: uptime() + shutdown::SERVICES_WITHIN - AFTER_KILL,

@@ -1,9 +1,11 @@
 //! Devices that appear after the boot: the kernel tells of each, and their drivers are loaded in batches.
 
 use crate::error::{Error, Result};
+use crate::modules;
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, netlink};
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::time::Duration;
 
 /// How long a burst is gathered before drivers are loaded.
@@ -41,9 +43,13 @@ impl Hotplug {
         loop {
             match rustix::net::recv(&self.socket, &mut buffer[..], RecvFlags::DONTWAIT) {
                 Ok((read, _)) => self.take(now, &buffer[..read.min(16 * 1024)]),
-                // Messages were lost in a burst; what was missed is found at the next event of its device, and no
-                // driver the boot needed is among them.
-                Err(rustix::io::Errno::NOBUFS | rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::NOBUFS) => {
+                    // A burst was too large and messages are lost: ask for the drivers of all there is.
+                    self.asked.extend(modules::aliases(Path::new(modules::DEVICES)));
+                    self.seen_input = true;
+                    self.due.get_or_insert(now + GATHER);
+                }
+                Err(rustix::io::Errno::INTR) => {}
                 Err(_) => return,
             }
         }

@@ -5,14 +5,16 @@ use atoll_init::boot::{self, Boot};
 use atoll_init::command_line::Options;
 use atoll_init::console::Console;
 use atoll_init::control::Bus;
+use atoll_init::devices::Devices;
 use atoll_init::error::{Error, chain};
 use atoll_init::event_loop::{Doors, EventLoop};
 use atoll_init::notify::NotifySocket;
+use atoll_init::programs::Programs;
 use atoll_init::reap::{self, Signals};
 use atoll_init::shutdown::{self, Machine};
 use atoll_init::sys::{self, Kernel};
 use atoll_init::watchdog::Guard;
-use atoll_spec::control::{BUS_SOCKET, NOTIFY_SOCKET};
+use atoll_spec::control::{BUS_SOCKET, NOTIFY_SOCKET, ShutdownAction};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::time::Duration;
@@ -47,6 +49,7 @@ fn run_as_pid_1() -> ! {
         guard: &guard,
         options: Options::default(),
         services: Vec::new(),
+        devices: Devices::default(),
         phases: Vec::new(),
     };
     let failure = catch_unwind(AssertUnwindSafe(|| live(&mut boot)));
@@ -59,10 +62,8 @@ fn run_as_pid_1() -> ! {
     // A panic while failing must not end PID 1 either.
     let told = catch_unwind(AssertUnwindSafe(|| boot::fail(&boot, phase, &error)));
     if told.is_err() {
-        shutdown::force(
-            &Machine { sys: &Kernel, console: &console, guard: &guard },
-            sys::PowerAction::Restart,
-        );
+        let machine = Machine { sys: &Kernel, console: &console, guard: &guard };
+        shutdown::force(&machine, ShutdownAction::Reboot, "init panicked twice");
     }
     // Held, or the kernel refused to reboot: PID 1 stays, and still collects the dead.
     loop {
@@ -76,25 +77,26 @@ fn live(boot: &mut Boot<'_>) -> (&'static str, Error) {
     if let Err(failure) = boot::run(boot) {
         return failure;
     }
-    let doors = match doors(boot.console) {
+    let devices = std::mem::take(&mut boot.devices);
+    let doors = match doors(boot.console, devices) {
         Ok(doors) => doors,
         Err(error) => return ("services", error),
     };
     let machine = || Machine { sys: boot.sys, console: boot.console, guard: boot.guard };
     let log = boot.options.log.as_deref();
-    let (services, phases) = (boot.services.clone(), boot.phases.clone());
-    let mut running = EventLoop::new(machine(), services, phases, doors, Path::new(NOTIFY_SOCKET), log);
-    let action = running.run();
+    let programs = Programs::new(boot.services.clone(), Path::new(NOTIFY_SOCKET), log);
+    let action = EventLoop::new(machine(), programs, boot.phases.clone(), doors).run();
     shutdown::finish(&machine(), action);
     let source = std::io::Error::other("the kernel went on after reboot(2)");
     ("shutdown", Error::System { operation: "end the machine's run", source })
 }
 
-fn doors(console: &Console) -> Result<Doors, Error> {
+fn doors(console: &Console, devices: Devices) -> Result<Doors, Error> {
     Ok(Doors {
         notify: NotifySocket::bind(Path::new(NOTIFY_SOCKET))?,
         bus: Bus::start(Path::new(BUS_SOCKET), console)?,
         signals: Signals::open()?,
+        devices,
     })
 }
 

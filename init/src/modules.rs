@@ -9,6 +9,8 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
+/// The tree of all devices.
+pub const DEVICES: &str = "/sys/devices";
 const EARLY_LIST: &str = "/modules.early";
 const MODPROBE: &str = "/usr/sbin/modprobe";
 const BATCH: usize = 256;
@@ -43,7 +45,7 @@ pub fn early(sys: &dyn Syscalls) -> Result<()> {
 pub fn coldplug(sys: &dyn Syscalls) -> Result<usize> {
     let mut asked = BTreeSet::new();
     for _ in 0..ROUNDS {
-        let found = aliases(Path::new("/sys/devices"));
+        let found = aliases(Path::new(DEVICES));
         let new: Vec<String> = found.difference(&asked).cloned().collect();
         if new.is_empty() {
             break;
@@ -86,7 +88,8 @@ fn is_present(sys: &dyn Syscalls, name: &str) -> bool {
         || sys.read("/proc/filesystems").is_ok_and(|list| list.split_whitespace().any(|word| word == name))
 }
 
-fn aliases(root: &Path) -> BTreeSet<String> {
+/// What the devices below a directory of that tree ask for.
+pub fn aliases(root: &Path) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     let mut pending = vec![root.to_owned()];
     while let Some(directory) = pending.pop() {

@@ -374,9 +374,7 @@ impl std::fmt::Display for Exit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Code(code) => write!(f, "ended with code {code}"),
-            Self::Signal(libc::SIGKILL) => {
-                f.write_str("was killed (SIGKILL: by its stop deadline, or out of memory)")
-            }
+            Self::Signal(libc::SIGKILL) => f.write_str("was killed (SIGKILL)"),
             Self::Signal(libc::SIGSEGV) => f.write_str("crashed (SIGSEGV)"),
             Self::Signal(libc::SIGABRT) => f.write_str("aborted (SIGABRT)"),
             Self::Signal(signal) => write!(f, "ended by signal {signal}"),

@@ -40,19 +40,33 @@ pub struct Machine<'a> {
     pub guard: &'a Guard,
 }
 
-/// Leaves behind why the machine went down, for the next boot to tell.
-pub fn record_cause(machine: &Machine<'_>, cause: &RebootCause) {
-    let mounted = machine.sys.read("/proc/self/mounts").unwrap_or_default();
+/// Leaves behind why the machine goes down, for the next boot to tell.
+pub fn record_cause(
+    sys: &dyn Syscalls,
+    console: &Console,
+    action: ShutdownAction,
+    source: &str,
+    reason: &str,
+) {
+    let mounted = sys.read("/proc/self/mounts").unwrap_or_default();
     if !mounted.lines().any(|line| line.split(' ').nth(1) == Some("/state")) {
-        machine.console.say("the cause of this shutdown is not recorded: /state is not mounted");
+        console.say("the cause of this shutdown is not recorded: /state is not mounted");
         return;
     }
-    let written = serde_json::to_string_pretty(cause)
+    let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let cause = RebootCause {
+        action,
+        source: source.to_owned(),
+        reason: reason.to_owned(),
+        uptime_s: clock::uptime().as_secs(),
+        unix_time_s: since_epoch.as_secs(),
+    };
+    let written = serde_json::to_string_pretty(&cause)
         .map_err(std::io::Error::from)
-        .and_then(|text| machine.sys.write(REBOOT_CAUSE_FILE, &(text + "\n")));
+        .and_then(|text| sys.write(REBOOT_CAUSE_FILE, &(text + "\n")));
     if let Err(source) = written {
         let error = Error::file("write", REBOOT_CAUSE_FILE)(source);
-        machine.console.say(format!("the cause of this shutdown is not recorded: {}", chain(&error)));
+        console.say(format!("the cause of this shutdown is not recorded: {}", chain(&error)));
     }
 }
 
@@ -76,11 +90,16 @@ pub fn finish(machine: &Machine<'_>, action: ShutdownAction) {
 
 /// The short way, when something is wrong with init itself or the boot failed: what was written is kept, and that
 /// is all.
-pub fn force(machine: &Machine<'_>, action: PowerAction) {
+pub fn force(machine: &Machine<'_>, action: ShutdownAction, reason: &str) {
     machine.guard.promise("the forced shutdown", SYNC_WITHIN, Duration::ZERO);
+    record_cause(machine.sys, machine.console, action, "init", reason);
     machine.sys.sync();
     machine.console.flush(Duration::from_secs(2));
-    if let Err(error) = machine.sys.power(action) {
+    let power = match action {
+        ShutdownAction::Reboot => PowerAction::Restart,
+        ShutdownAction::PowerOff => PowerAction::Off,
+    };
+    if let Err(error) = machine.sys.power(power) {
         machine.console.say(format!("cannot end the machine's run: {error}"));
     }
 }
@@ -237,19 +256,16 @@ mod tests {
 
     #[test]
     fn the_cause_is_left_on_state_when_that_is_mounted() {
-        let cause = RebootCause {
-            action: ShutdownAction::Reboot,
-            source: "control".into(),
-            reason: "a test".into(),
-            uptime_s: 7,
-            unix_time_s: 8,
+        let record = |machine: &Machine<'_>| {
+            record_cause(machine.sys, machine.console, ShutdownAction::Reboot, "control", "a test");
         };
         let fake = Fake::default();
-        with_machine(&fake, |machine| record_cause(machine, &cause));
+        with_machine(&fake, record);
         assert!(!fake.exists(REBOOT_CAUSE_FILE));
         fake.file("/proc/self/mounts", MOUNTS);
-        with_machine(&fake, |machine| record_cause(machine, &cause));
+        with_machine(&fake, record);
         let text = fake.read(REBOOT_CAUSE_FILE).unwrap();
-        assert_eq!(serde_json::from_str::<RebootCause>(&text).unwrap(), cause);
+        let cause: RebootCause = serde_json::from_str(&text).unwrap();
+        assert_eq!((cause.action, cause.reason.as_str()), (ShutdownAction::Reboot, "a test"));
     }
 }

@@ -6,10 +6,13 @@
 use crate::clock;
 use crate::console::Console;
 use crate::error::{Error, Result};
+use crate::shutdown;
 use crate::sys::{self, PowerAction, Syscalls, WatchdogFacts};
+use atoll_spec::control::ShutdownAction;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -44,9 +47,9 @@ impl Guard {
     ///
     /// # Errors
     /// When no thread can be made.
-    pub fn start(console: &Console, kernel: impl Syscalls + Send + 'static) -> Result<Self> {
+    pub fn start(console: &Console, kernel: impl Syscalls + Send + Sync + 'static) -> Result<Self> {
         let guard = Self::default();
-        let (owed, console) = (guard.owed.clone(), console.clone());
+        let (owed, console, kernel) = (guard.owed.clone(), console.clone(), Arc::new(kernel));
         std::thread::Builder::new()
             .name("guard".into())
             .spawn(move || watch(&owed, &console, &kernel))
@@ -84,7 +87,23 @@ fn lock(owed: &Mutex<Owed>) -> MutexGuard<'_, Owed> {
     owed.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn watch(owed: &Mutex<Owed>, console: &Console, kernel: &dyn Syscalls) {
+/// Leaves the cause behind, as long as the disk takes it at once: it may be the disk that hangs.
+fn record(kernel: &Arc<impl Syscalls + Send + Sync + 'static>, console: &Console, what: &str) {
+    let (done, written) = sync_channel(1);
+    let (kernel, console) = (kernel.clone(), console.clone());
+    let reason = format!("{what} did not end by its deadline");
+    let writer = std::thread::Builder::new().name("cause".into()).spawn(move || {
+        shutdown::record_cause(&*kernel, &console, ShutdownAction::Reboot, "init", &reason);
+        // Nobody waits any longer.
+        let _ = done.send(());
+    });
+    if writer.is_ok() {
+        // Unrecorded, it is still on the console.
+        let _ = written.recv_timeout(Duration::from_secs(2));
+    }
+}
+
+fn watch(owed: &Mutex<Owed>, console: &Console, kernel: &Arc<impl Syscalls + Send + Sync + 'static>) {
     let mut last_fed = Duration::ZERO;
     let mut overdue_since = None;
     loop {
@@ -106,6 +125,7 @@ fn watch(owed: &Mutex<Owed>, console: &Console, kernel: &dyn Syscalls) {
                 overdue_since = Some(now);
             }
             (Some(promise), Some(since)) if now >= since + promise.countdown => {
+                record(kernel, console, &promise.what);
                 console.say("forced reboot");
                 console.flush(Duration::from_secs(2));
                 // If the kernel cannot even do that, nobody feeds the watchdog any more.

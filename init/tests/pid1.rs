@@ -8,9 +8,11 @@
 
 use atoll_init::console::Console;
 use atoll_init::control::Bus;
+use atoll_init::devices::Devices;
 use atoll_init::event_loop::{Doors, EventLoop};
 use atoll_init::notify::NotifySocket;
 use atoll_init::process::{Confinement, User};
+use atoll_init::programs::Programs;
 use atoll_init::reap::Signals;
 use atoll_init::services::{Limits, Service};
 use atoll_init::shutdown::Machine;
@@ -105,6 +107,7 @@ fn be_pid_1(directory: &Path) -> ! {
         notify: NotifySocket::bind(&notify).expect("the notify socket can be made"),
         bus: Bus::start(&directory.join("bus.sock"), &console).expect("the bus can be started"),
         signals: Signals::open().expect("signals have a descriptor"),
+        devices: Devices::default(),
     };
     let phases = vec![BootPhase { name: "test".into(), started_ms: 1, took_ms: 2, problem: String::new() }];
     let machine = Machine { sys: &Kernel, console: &console, guard: &guard };
@@ -115,7 +118,7 @@ fn be_pid_1(directory: &Path) -> ! {
         service("missing", &["/nowhere/program"], &["good"], true),
         service("never", &["/bin/sleep", "1000"], &["missing"], false),
     ];
-    let action = EventLoop::new(machine, services, phases, doors, &notify, None).run();
+    let action = EventLoop::new(machine, Programs::new(services, &notify, None), phases, doors).run();
     console.flush(Duration::from_secs(1));
     let power = match action {
         ShutdownAction::Reboot => PowerAction::Restart,

@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | `ListServices` | | `Vec<`[`ServiceStatus`]`>`, in start order |
 //! | `StartService`, `StopService`, `RestartService` | name | nothing; returns once accepted, the signal tells the rest |
-//! | `Logs` | name, lines (0: all that is kept) | `Vec<`[`LogLine`]`>`, oldest first |
+//! | `Logs` | name (`init` for its own), lines (0: all that is kept) | `Vec<`[`LogLine`]`>`, oldest first |
 //! | `Reboot`, `PowerOff` | reason | nothing; the shutdown then begins |
 //! | `BootPhases` | | `Vec<`[`BootPhase`]`>`, in order |
 //! | signal `ServiceChanged` | | [`ServiceStatus`] |
