@@ -245,3 +245,6 @@ fn message(body: &[u8]) -> String {
         .and_then(|status| status.get("message")?.as_str().map(str::to_owned))
         .unwrap_or_else(|| String::from_utf8_lossy(&body[..body.len().min(200)]).into_owned())
 }
+
+#[cfg(test)]
+mod tests;
