@@ -74,6 +74,29 @@ impl Cache {
         fs::rename(&filling, &place).map_err(Error::file("move into place", &place))?;
         Ok(place)
     }
+
+    /// Removes all but the newest `count` entries of a kind: for what changes with every build.
+    pub fn keep_newest(&self, kind: &str, count: usize) -> Result<()> {
+        let dir = self.dir(kind)?;
+        let mut entries = Vec::new();
+        for entry in fs::read_dir(&dir).map_err(Error::file("read", &dir))?.flatten() {
+            let path = entry.path();
+            // Entries have no extension; locks and what is being filled have one.
+            if path.is_dir() && path.extension().is_none() {
+                let made = entry.metadata().and_then(|meta| meta.modified());
+                entries.push((made.map_err(Error::file("read", &path))?, path));
+            }
+        }
+        entries.sort();
+        entries.reverse();
+        for (_, path) in entries.iter().skip(count) {
+            remove_tree(path)?;
+            let lock = path.with_extension("lock");
+            // It may never have been made.
+            let _ = fs::remove_file(lock);
+        }
+        Ok(())
+    }
 }
 
 /// Removes a directory and all in it, if it is there.
@@ -143,6 +166,20 @@ mod tests {
         assert!(place.unwrap().join("whole").exists());
         let again = cache.entry("kind", "key", |_| Err(Error::format("test", "must not run"))).unwrap();
         assert!(!again.join("half").exists());
+    }
+
+    #[test]
+    fn only_the_newest_entries_are_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::at(dir.path().into()).unwrap();
+        for (age, key) in [(3, "old"), (2, "mid"), (1, "new")] {
+            let place = cache.entry("kind", key, |_| Ok(())).unwrap();
+            let time = std::time::SystemTime::now() - std::time::Duration::from_secs(age * 100);
+            File::open(place).unwrap().set_modified(time).unwrap();
+        }
+        cache.keep_newest("kind", 2).unwrap();
+        let left = |key: &str| dir.path().join("kind").join(key).exists();
+        assert!(!left("old") && left("mid") && left("new") && left("new.lock"));
     }
 
     #[test]

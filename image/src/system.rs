@@ -148,7 +148,10 @@ pub fn pack(cache: &Cache, tools: &Tools, tree: &Tree) -> Result<PathBuf> {
             .map(drop)
     });
     fs::remove_file(&tar).map_err(Error::file("remove", &tar))?;
-    Ok(made?.join("system.erofs"))
+    let made = made?;
+    // Other builds may be reading theirs: more are kept than run at once.
+    cache.keep_newest("system", 8)?;
+    Ok(made.join("system.erofs"))
 }
 
 /// The host's initramfs: init, the modules that mount the system tree, and the tree.
