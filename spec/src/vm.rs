@@ -118,7 +118,8 @@ pub struct VmStats {
 
 /// Exit status of the VMM process.
 pub mod exit {
-    /// The guest powered off or rebooted, or [`super::VmRequest::Kill`] was obeyed.
+    /// The guest reset its machine, or [`super::VmRequest::Kill`] was obeyed. A guest has no other way to power off; its
+    /// kernel ends the same way after a panic, so whether it was meant is known by whether it was asked for.
     pub const GUEST_STOPPED: i32 = 0;
     /// The VMM could not build or run the machine; the reason is on stderr.
     pub const VMM_FAILED: i32 = 1;
