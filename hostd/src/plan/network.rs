@@ -275,7 +275,8 @@ fn plan_link(want: &Desired, have: &Link, client: bool, steps: &mut Vec<Step>) {
             steps.push(Step::AddRoute(link(), route.clone()));
         }
     }
-    if want.dhcp && !client {
+    // Without a peer nobody would hear it; the link wakes us when it has one.
+    if want.dhcp && !client && have.carrier {
         steps.push(Step::StartDhcp(link()));
     }
 }
