@@ -67,7 +67,10 @@ struct Known {
 /// A recorder and the poster behind it.
 pub fn channel(client: kube::Client, node: String) -> (Recorder, Poster) {
     let (sender, queue) = mpsc::channel(QUEUE);
-    (Recorder { queue: sender }, Poster { client, node, queue, known: HashMap::new(), budgets: HashMap::new() })
+    (
+        Recorder { queue: sender },
+        Poster { client, node, queue, known: HashMap::new(), budgets: HashMap::new() },
+    )
 }
 
 /// Reference to a pod, or to one of its containers.
@@ -85,7 +88,13 @@ pub fn pod_reference(pod: &k8s_openapi::api::core::v1::Pod, field: Option<String
 
 impl Recorder {
     /// Takes an event to be posted soon.
-    pub fn record(&self, object: ObjectReference, severity: Severity, reason: &'static str, message: impl Into<String>) {
+    pub fn record(
+        &self,
+        object: ObjectReference,
+        severity: Severity,
+        reason: &'static str,
+        message: impl Into<String>,
+    ) {
         let mut message: String = message.into();
         if let Some((cut, _)) = message.char_indices().nth(MAX_MESSAGE) {
             message.truncate(cut);
@@ -135,7 +144,10 @@ impl Poster {
             self.known.clear();
         }
         let object = &entry.object;
-        let same = format!("{:?}/{:?}/{:?}/{}/{}", object.uid, object.name, object.field_path, entry.reason, entry.message);
+        let same = format!(
+            "{:?}/{:?}/{:?}/{}/{}",
+            object.uid, object.name, object.field_path, entry.reason, entry.message
+        );
         let namespace = object.namespace.clone().unwrap_or_else(|| "default".into());
         let api: Api<Event> = Api::namespaced(self.client.clone(), &namespace);
         if let Some(known) = self.known.get_mut(&same).filter(|k| entry.at.duration_since(k.last) < SAME) {
@@ -177,7 +189,10 @@ impl Poster {
             last_timestamp: Some(Time(entry.at)),
             event_time: None::<MicroTime>,
             count: Some(1),
-            source: Some(EventSource { component: Some("atoll-agent".into()), host: Some(self.node.clone()) }),
+            source: Some(EventSource {
+                component: Some("atoll-agent".into()),
+                host: Some(self.node.clone()),
+            }),
             reporting_component: Some("atoll-agent".into()),
             reporting_instance: Some(self.node.clone()),
             ..Default::default()

@@ -102,7 +102,11 @@ impl Ran {
         Self {
             id: status.id,
             sandbox,
-            restarts: status.annotations.get(RESTART_COUNT).and_then(|n| n.parse().ok()).unwrap_or(metadata.attempt),
+            restarts: status
+                .annotations
+                .get(RESTART_COUNT)
+                .and_then(|n| n.parse().ok())
+                .unwrap_or(metadata.attempt),
             hash: status.annotations.get(CONTAINER_HASH).and_then(|h| u64::from_str_radix(h, 16).ok()),
             name: metadata.name,
             state,
@@ -112,7 +116,10 @@ impl Ran {
             exit_code: status.exit_code,
             reason: status.reason,
             message: status.message,
-            image: status.image.map(|i| if i.user_specified_image.is_empty() { i.image } else { i.user_specified_image }).unwrap_or_default(),
+            image: status
+                .image
+                .map(|i| if i.user_specified_image.is_empty() { i.image } else { i.user_specified_image })
+                .unwrap_or_default(),
             image_ref: status.image_ref,
             log_path: status.log_path,
             user,

@@ -4,9 +4,9 @@
 //! condition's transition time changes with its status only.
 
 use super::desired::{Desired, Role};
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1 as api;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use jiff::Timestamp;
 
 /// Conditions that this node writes.
 pub const OWNED: [&str; 5] =
@@ -42,16 +42,13 @@ pub fn conditions(
         Verdict { status: true, .. } => readiness_gates(desired, &others),
         no => Verdict { status: false, reason: no.reason, message: no.message.clone() },
     };
-    let sandbox = if sandbox_ready { Verdict::TRUE } else { Verdict { status: false, reason: None, message: None } };
-    let own = [
-        sandbox,
-        initialized(desired, phase, statuses, initialised),
-        ready,
-        containers_ready,
-        Verdict::TRUE,
-    ];
+    let sandbox =
+        if sandbox_ready { Verdict::TRUE } else { Verdict { status: false, reason: None, message: None } };
+    let own =
+        [sandbox, initialized(desired, phase, statuses, initialised), ready, containers_ready, Verdict::TRUE];
     let generation = desired.pod.metadata.generation;
-    let made = OWNED.into_iter().zip(own).map(|(name, verdict)| condition(name, verdict, generation, old, now));
+    let made =
+        OWNED.into_iter().zip(own).map(|(name, verdict)| condition(name, verdict, generation, old, now));
     others.into_iter().chain(made).collect()
 }
 
@@ -85,8 +82,11 @@ fn list(names: &[&str]) -> String {
 }
 
 fn sentence(parts: &[(&str, &[&str])]) -> Option<String> {
-    let said: Vec<_> =
-        parts.iter().filter(|(_, names)| !names.is_empty()).map(|(what, names)| format!("{what}: {}", list(names))).collect();
+    let said: Vec<_> = parts
+        .iter()
+        .filter(|(_, names)| !names.is_empty())
+        .map(|(what, names)| format!("{what}: {}", list(names)))
+        .collect();
     (!said.is_empty()).then(|| said.join(", "))
 }
 
@@ -105,7 +105,10 @@ fn containers_ready(desired: &Desired, phase: &str, statuses: &[&api::ContainerS
     if phase == "Failed" {
         return Verdict::no("PodFailed", None);
     }
-    let parts = [("containers with unknown status", unknown.as_slice()), ("containers with unready status", &unready)];
+    let parts = [
+        ("containers with unknown status", unknown.as_slice()),
+        ("containers with unready status", &unready),
+    ];
     sentence(&parts).map_or(Verdict::TRUE, |message| Verdict::no("ContainersNotReady", Some(message)))
 }
 
@@ -114,17 +117,31 @@ fn readiness_gates(desired: &Desired, others: &[api::PodCondition]) -> Verdict {
     for gate in desired.spec().readiness_gates.iter().flatten() {
         let name = &gate.condition_type;
         match others.iter().find(|c| c.type_ == *name) {
-            None => unmet.push(format!("corresponding condition of pod readiness gate {name:?} does not exist.")),
+            None => {
+                unmet.push(format!("corresponding condition of pod readiness gate {name:?} does not exist."))
+            }
             Some(c) if c.status != "True" => {
-                unmet.push(format!("the status of pod readiness gate {name:?} is not \"True\", but {}", c.status));
+                unmet.push(format!(
+                    "the status of pod readiness gate {name:?} is not \"True\", but {}",
+                    c.status
+                ));
             }
             Some(_) => {}
         }
     }
-    if unmet.is_empty() { Verdict::TRUE } else { Verdict::no("ReadinessGatesNotReady", Some(unmet.join(", "))) }
+    if unmet.is_empty() {
+        Verdict::TRUE
+    } else {
+        Verdict::no("ReadinessGatesNotReady", Some(unmet.join(", ")))
+    }
 }
 
-fn initialized(desired: &Desired, phase: &str, statuses: &[&api::ContainerStatus], initialised: bool) -> Verdict {
+fn initialized(
+    desired: &Desired,
+    phase: &str,
+    statuses: &[&api::ContainerStatus],
+    initialised: bool,
+) -> Verdict {
     let (mut unknown, mut incomplete) = (Vec::new(), Vec::new());
     for container in desired.before_main() {
         let done = |s: &api::ContainerStatus| match container.role {
@@ -143,7 +160,9 @@ fn initialized(desired: &Desired, phase: &str, statuses: &[&api::ContainerStatus
     if initialised {
         return Verdict::TRUE;
     }
-    let parts =
-        [("containers with unknown status", unknown.as_slice()), ("containers with incomplete status", &incomplete)];
+    let parts = [
+        ("containers with unknown status", unknown.as_slice()),
+        ("containers with incomplete status", &incomplete),
+    ];
     sentence(&parts).map_or(Verdict::TRUE, |message| Verdict::no("ContainersNotInitialized", Some(message)))
 }

@@ -2,7 +2,10 @@
 //!
 //! Called by `start` with everything looked up: environment, image, where each volume lies on the host.
 
-use super::actual::{CONTAINER_HASH, CONTAINER_NAME, MESSAGE_PATH, MESSAGE_POLICY, POD_NAME, POD_NAMESPACE, POD_UID, RESTART_COUNT};
+use super::actual::{
+    CONTAINER_HASH, CONTAINER_NAME, MESSAGE_PATH, MESSAGE_POLICY, POD_NAME, POD_NAMESPACE, POD_UID,
+    RESTART_COUNT,
+};
 use super::desired::{Container, Desired};
 use super::sandbox_config::{groups, namespaces};
 use super::{env, resources};
@@ -64,9 +67,15 @@ pub fn container(parts: Parts<'_>) -> Result<v1::ContainerConfig, String> {
     let Parts { desired, container, restarts, image, env, places, node_memory } = parts;
     let spec = &container.spec;
     let values: BTreeMap<String, String> = env.iter().cloned().collect();
-    let expand = |list: &Option<Vec<String>>| list.iter().flatten().map(|a| env::expand(a, &values)).collect();
+    let expand =
+        |list: &Option<Vec<String>>| list.iter().flatten().map(|a| env::expand(a, &values)).collect();
     let key = &desired.key;
-    let labels = [(POD_NAME, &key.name), (POD_NAMESPACE, &key.namespace), (POD_UID, &key.uid), (CONTAINER_NAME, &container.name)];
+    let labels = [
+        (POD_NAME, &key.name),
+        (POD_NAMESPACE, &key.namespace),
+        (POD_UID, &key.uid),
+        (CONTAINER_NAME, &container.name),
+    ];
     let annotations = [
         (CONTAINER_HASH, format!("{:x}", container.hash)),
         (RESTART_COUNT, restarts.to_string()),
@@ -110,7 +119,11 @@ pub fn message_path(spec: &api::Container) -> &str {
     spec.termination_message_path.as_deref().filter(|p| !p.is_empty()).unwrap_or("/dev/termination-log")
 }
 
-fn mounts(spec: &api::Container, places: &Places, env: &BTreeMap<String, String>) -> Result<Vec<v1::Mount>, String> {
+fn mounts(
+    spec: &api::Container,
+    places: &Places,
+    env: &BTreeMap<String, String>,
+) -> Result<Vec<v1::Mount>, String> {
     let mut mounts = Vec::new();
     let mut hosts_taken = false;
     for mount in spec.volume_mounts.iter().flatten() {
@@ -205,7 +218,11 @@ fn security(
         run_as_username: name,
         readonly_rootfs: own.read_only_root_filesystem == Some(true),
         supplemental_groups: groups(&of_pod),
-        supplemental_groups_policy: if strict { v1::SupplementalGroupsPolicy::Strict } else { v1::SupplementalGroupsPolicy::Merge } as i32,
+        supplemental_groups_policy: if strict {
+            v1::SupplementalGroupsPolicy::Strict
+        } else {
+            v1::SupplementalGroupsPolicy::Merge
+        } as i32,
         no_new_privs: own.allow_privilege_escalation == Some(false),
         masked_paths: owned(&MASKED),
         readonly_paths: owned(&READ_ONLY),
@@ -257,7 +274,11 @@ mod tests {
         assert_eq!(made.args, ["1"]);
         assert_eq!(made.log_path, "a/2.log");
         assert_eq!(made.annotations[RESTART_COUNT], "2");
-        let mounts: Vec<_> = made.mounts.iter().map(|m| (m.host_path.as_str(), m.container_path.as_str(), m.readonly)).collect();
+        let mounts: Vec<_> = made
+            .mounts
+            .iter()
+            .map(|m| (m.host_path.as_str(), m.container_path.as_str(), m.readonly))
+            .collect();
         let want = [
             ("/p/v/x/1", "/v", false),
             ("/p/c", "/c", true),
@@ -270,7 +291,9 @@ mod tests {
     #[test]
     fn a_sub_path_stays_in_its_volume() {
         for path in ["../x", "/etc", "a/../../b"] {
-            let spec = format!("{{containers: [{{name: a, image: i, volumeMounts: [{{name: v, mountPath: /v, subPath: {path}}}]}}]}}");
+            let spec = format!(
+                "{{containers: [{{name: a, image: i, volumeMounts: [{{name: v, mountPath: /v, subPath: {path}}}]}}]}}"
+            );
             assert!(make(&spec, v1::Image::default()).unwrap_err().contains("leaves its volume"), "{path}");
         }
     }

@@ -24,11 +24,7 @@ impl PodKey {
     /// The key of an API object; `None` when it has no name or uid, which the API server never sends.
     pub fn of(pod: &api::Pod) -> Option<Self> {
         let meta = &pod.metadata;
-        Some(Self {
-            namespace: meta.namespace.clone()?,
-            name: meta.name.clone()?,
-            uid: meta.uid.clone()?,
-        })
+        Some(Self { namespace: meta.namespace.clone()?, name: meta.name.clone()?, uid: meta.uid.clone()? })
     }
 
     /// As people name it in events: `name_namespace(uid)`.
@@ -231,7 +227,12 @@ impl Desired {
         }
         let grace = seconds(spec.termination_grace_period_seconds.unwrap_or(30));
         let deleted = pod.metadata.deletion_timestamp.as_ref().map(|_| {
-            seconds(pod.metadata.deletion_grace_period_seconds.or(spec.termination_grace_period_seconds).unwrap_or(30))
+            seconds(
+                pod.metadata
+                    .deletion_grace_period_seconds
+                    .or(spec.termination_grace_period_seconds)
+                    .unwrap_or(30),
+            )
         });
         let active_deadline = spec.active_deadline_seconds.map(seconds);
         Ok(Self { key, containers, grace, active_deadline, deleted, pod: pod.clone() })
@@ -324,7 +325,9 @@ fn read_probe(container: &api::Container, probe: &api::Probe) -> Result<Probe, S
     } else {
         return Err("it has no handler".into());
     };
-    let count = |value: Option<i32>, default: u32| value.and_then(|v| u32::try_from(v).ok()).filter(|v| *v > 0).unwrap_or(default);
+    let count = |value: Option<i32>, default: u32| {
+        value.and_then(|v| u32::try_from(v).ok()).filter(|v| *v > 0).unwrap_or(default)
+    };
     let duration = |value, default| Duration::from_secs(count(value, default).into());
     Ok(Probe {
         handler,
@@ -370,7 +373,10 @@ fn port(container: &api::Container, port: &IntOrString) -> Result<u16, String> {
             }
         }
     };
-    u16::try_from(number).ok().filter(|n| *n > 0).ok_or_else(|| format!("port {number} is not one: use 1 to 65535"))
+    u16::try_from(number)
+        .ok()
+        .filter(|n| *n > 0)
+        .ok_or_else(|| format!("port {number} is not one: use 1 to 65535"))
 }
 
 #[cfg(test)]
@@ -380,10 +386,8 @@ mod tests {
 
     #[test]
     fn reads_defaults() {
-        let desired = pod(
-            "{containers: [{name: a, image: i, ports: [{name: web, containerPort: 80}],
-               livenessProbe: {httpGet: {port: web}}}]}",
-        );
+        let desired = pod("{containers: [{name: a, image: i, ports: [{name: web, containerPort: 80}],
+               livenessProbe: {httpGet: {port: web}}}]}");
         assert_eq!(desired.grace, Duration::from_secs(30));
         let a = &desired.containers[0];
         assert_eq!((a.role, a.restart, a.pull), (Role::Main, Restart::Always, Pull::IfNotPresent));
@@ -392,29 +396,31 @@ mod tests {
             (probe.period, probe.timeout, probe.failures, probe.successes),
             (Duration::from_secs(10), Duration::from_secs(1), 3, 1)
         );
-        let http = Handler::Http { tls: false, host: String::new(), port: 80, path: "/".into(), headers: vec![] };
+        let http =
+            Handler::Http { tls: false, host: String::new(), port: 80, path: "/".into(), headers: vec![] };
         assert_eq!(probe.handler, http);
     }
 
     #[test]
     fn init_containers_and_sidecars() {
-        let desired = pod(
-            "{initContainers: [{name: i, image: i}, {name: s, image: i, restartPolicy: Always}],
-              containers: [{name: a, image: i}]}",
-        );
+        let desired =
+            pod("{initContainers: [{name: i, image: i}, {name: s, image: i, restartPolicy: Always}],
+              containers: [{name: a, image: i}]}");
         let roles: Vec<_> = desired.containers.iter().map(|c| (c.role, c.restart)).collect();
         assert_eq!(
             roles,
-            [(Role::Init, Restart::OnFailure), (Role::Sidecar, Restart::Always), (Role::Main, Restart::Always)]
+            [
+                (Role::Init, Restart::OnFailure),
+                (Role::Sidecar, Restart::Always),
+                (Role::Main, Restart::Always)
+            ]
         );
     }
 
     #[test]
     fn restart_rules_win_over_the_policy() {
-        let desired = pod(
-            "{restartPolicy: Never, containers: [{name: a, image: i, restartPolicy: Never,
-               restartPolicyRules: [{action: Restart, exitCodes: {operator: In, values: [42]}}]}]}",
-        );
+        let desired = pod("{restartPolicy: Never, containers: [{name: a, image: i, restartPolicy: Never,
+               restartPolicyRules: [{action: Restart, exitCodes: {operator: In, values: [42]}}]}]}");
         assert!(desired.containers[0].restarts_after(42));
         assert!(!desired.containers[0].restarts_after(1));
     }

@@ -80,7 +80,14 @@ pub struct Dispatcher {
 impl Dispatcher {
     /// No workers yet; `known` is told of their uids once the first list was complete.
     pub fn new(ctx: Arc<Context>, known: watch::Sender<Option<BTreeSet<String>>>) -> Self {
-        Self { ctx, workers: JoinSet::new(), handles: HashMap::new(), tasks: HashMap::new(), listing: None, known }
+        Self {
+            ctx,
+            workers: JoinSet::new(),
+            handles: HashMap::new(),
+            tasks: HashMap::new(),
+            listing: None,
+            known,
+        }
     }
 
     /// A list begins.
@@ -130,7 +137,11 @@ impl Dispatcher {
             phase: Some("Failed".into()),
             reason: Some("Invalid".into()),
             message: Some(format!("This node cannot understand the pod: {why}.")),
-            start_time: pod.status.as_ref().and_then(|s| s.start_time.clone()).or(Some(Time(Timestamp::now()))),
+            start_time: pod
+                .status
+                .as_ref()
+                .and_then(|s| s.start_time.clone())
+                .or(Some(Time(Timestamp::now()))),
             observed_generation: pod.metadata.generation,
             ..Default::default()
         };

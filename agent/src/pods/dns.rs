@@ -43,7 +43,8 @@ pub fn resolver(desired: &Desired, cluster: &ClusterDns) -> DnsConfig {
         (Some("Default"), _) | (_, None) => parse(&cluster.node),
         (_, Some(server)) => {
             let domain = &cluster.domain;
-            let own = [format!("{}.svc.{domain}", desired.key.namespace), format!("svc.{domain}"), domain.clone()];
+            let own =
+                [format!("{}.svc.{domain}", desired.key.namespace), format!("svc.{domain}"), domain.clone()];
             let mut searches: Vec<String> = own.into();
             searches.extend(parse(&cluster.node).searches.into_iter().filter(|s| s != "."));
             DnsConfig { servers: vec![server.clone()], searches, options: vec!["ndots:5".into()] }
@@ -67,7 +68,8 @@ fn add(dns: &mut DnsConfig, extra: &api::PodDNSConfig) {
     for option in extra.options.iter().flatten() {
         let Some(name) = &option.name else { continue };
         dns.options.retain(|o| o.split(':').next() != Some(name));
-        dns.options.push(option.value.as_ref().map_or_else(|| name.clone(), |value| format!("{name}:{value}")));
+        dns.options
+            .push(option.value.as_ref().map_or_else(|| name.clone(), |value| format!("{name}:{value}")));
     }
 }
 
@@ -109,7 +111,11 @@ pub fn hosts_file(desired: &Desired, ips: &[String], cluster_domain: &str) -> St
         text.push_str("\n# Entries added by HostAliases.\n");
     }
     for alias in aliases {
-        text.push_str(&format!("{}\t{}\n", alias.ip, alias.hostnames.iter().flatten().cloned().collect::<Vec<_>>().join("\t")));
+        text.push_str(&format!(
+            "{}\t{}\n",
+            alias.ip,
+            alias.hostnames.iter().flatten().cloned().collect::<Vec<_>>().join("\t")
+        ));
     }
     text
 }
@@ -130,7 +136,9 @@ mod tests {
     #[test]
     fn policies() {
         let with = |fields: &str| pod(&format!("{{containers: [{{name: a, image: i}}], {fields}}}"));
-        let show = |d: &DnsConfig| format!("{} | {} | {}", d.servers.join(","), d.searches.join(","), d.options.join(","));
+        let show = |d: &DnsConfig| {
+            format!("{} | {} | {}", d.servers.join(","), d.searches.join(","), d.options.join(","))
+        };
         let table = [
             ("dnsPolicy: Default", Some("10.96.0.10"), "192.0.2.1 | lab.example | edns0"),
             (
@@ -152,7 +160,9 @@ mod tests {
 
     #[test]
     fn names() {
-        let of = |fields: &str| hostname(&pod(&format!("{{containers: [{{name: a, image: i}}], {fields}}}")), "c.l");
+        let of = |fields: &str| {
+            hostname(&pod(&format!("{{containers: [{{name: a, image: i}}], {fields}}}")), "c.l")
+        };
         assert_eq!(of("hostname: h"), ("h".into(), None));
         assert_eq!(of("dnsPolicy: Default"), ("p".into(), None));
         assert_eq!(of("subdomain: s"), ("p".into(), Some("s.ns.svc.c.l".into())));
@@ -161,7 +171,8 @@ mod tests {
 
     #[test]
     fn hosts() {
-        let desired = pod("{containers: [{name: a, image: i}], hostAliases: [{ip: 192.0.2.7, hostnames: [x, y]}]}");
+        let desired =
+            pod("{containers: [{name: a, image: i}], hostAliases: [{ip: 192.0.2.7, hostnames: [x, y]}]}");
         let text = hosts_file(&desired, &["10.0.0.2".into()], "c.l");
         assert!(text.contains("\n10.0.0.2\tp\n"));
         assert!(text.ends_with("192.0.2.7\tx\ty\n"));

@@ -133,11 +133,20 @@ impl Env {
         }
     }
 
-    fn take_all(&mut self, desired: &Desired, from: &api::EnvFromSource, objects: &Objects) -> Result<(), String> {
+    fn take_all(
+        &mut self,
+        desired: &Desired,
+        from: &api::EnvFromSource,
+        objects: &Objects,
+    ) -> Result<(), String> {
         let namespace = &desired.key.namespace;
         let (data, optional, what) = if let Some(source) = &from.config_map_ref {
             let data = objects.config_maps.get(&source.name).and_then(Option::as_ref);
-            (data, source.optional, format!("configmap \"{}\" not found in namespace {namespace}", source.name))
+            (
+                data,
+                source.optional,
+                format!("configmap \"{}\" not found in namespace {namespace}", source.name),
+            )
         } else if let Some(source) = &from.secret_ref {
             let data = objects.secrets.get(&source.name).and_then(Option::as_ref);
             (data, source.optional, format!("secret \"{}\" not found in namespace {namespace}", source.name))
@@ -280,7 +289,12 @@ mod tests {
         let meta = "{namespace: ns, name: p, uid: u, labels: {app: x}}";
         let spec = format!("{{serviceAccountName: sa, containers: [{container}]}}");
         let desired = pod_with(meta, &spec, "{}");
-        let facts = Facts { node_name: "n".into(), pod_ips: vec!["10.0.0.2".into()], node_cpu_millis: 4000, ..Facts::default() };
+        let facts = Facts {
+            node_name: "n".into(),
+            pod_ips: vec!["10.0.0.2".into()],
+            node_cpu_millis: 4000,
+            ..Facts::default()
+        };
         resolve(&desired, &desired.containers[0].spec, &objects(), &facts)
     }
 
@@ -316,15 +330,23 @@ mod tests {
             {name: NO, valueFrom: {secretKeyRef: {name: gone, key: K, optional: true}}}]}")
         .unwrap();
         let want = [
-            ("P_A", "over"), ("P_b.c", "2"), ("X", "1-$(Y)"), ("Y", "y"), ("S", "v"),
-            ("IP", "10.0.0.2"), ("L", "x"), ("CPU", "4"),
+            ("P_A", "over"),
+            ("P_b.c", "2"),
+            ("X", "1-$(Y)"),
+            ("Y", "y"),
+            ("S", "v"),
+            ("IP", "10.0.0.2"),
+            ("L", "x"),
+            ("CPU", "4"),
         ];
         assert_eq!(got, pairs(&want));
     }
 
     #[test]
     fn what_is_missing_is_named() {
-        let of = |source: &str| env(&format!("{{name: a, image: i, env: [{{name: X, valueFrom: {source}}}]}}")).unwrap_err();
+        let of = |source: &str| {
+            env(&format!("{{name: a, image: i, env: [{{name: X, valueFrom: {source}}}]}}")).unwrap_err()
+        };
         assert_eq!(of("{secretKeyRef: {name: gone, key: K}}"), "secret \"gone\" not found");
         assert_eq!(of("{secretKeyRef: {name: s, key: Z}}"), "couldn't find key Z in Secret ns/s");
         assert_eq!(of("{fieldRef: {fieldPath: spec.x}}"), "unsupported fieldPath: spec.x");

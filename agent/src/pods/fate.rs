@@ -54,11 +54,11 @@ pub fn decide(
         return end(Some((refusal.reason, refusal.message)));
     }
     let started = status.start_time.as_ref().map(|t| t.0);
-    if let (Some(limit), Some(started)) = (desired.active_deadline, started) {
-        if now >= started + limit {
-            let message = "Pod was active on the node longer than the specified deadline".to_owned();
-            return end(Some(("DeadlineExceeded", message)));
-        }
+    if let (Some(limit), Some(started)) = (desired.active_deadline, started)
+        && now >= started + limit
+    {
+        let message = "Pod was active on the node longer than the specified deadline".to_owned();
+        return end(Some(("DeadlineExceeded", message)));
     }
     match plan::verdict(desired, actual) {
         Verdict::Over => end(None),

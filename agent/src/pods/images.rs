@@ -120,7 +120,11 @@ impl Images {
                 backoff.tried(&key, now, now);
                 last.insert(key, why.clone());
                 drop(failures);
-                event(Severity::Warning, "Failed", format!("Failed to pull image {:?}: {why}", container.image));
+                event(
+                    Severity::Warning,
+                    "Failed",
+                    format!("Failed to pull image {:?}: {why}", container.image),
+                );
                 event(Severity::Warning, "Failed", "Error: ErrImagePull".to_owned());
                 // Soon asked again, to say that the next try has to wait.
                 let again = now + Duration::from_secs(2);
@@ -141,7 +145,9 @@ impl Images {
             match objects::secret(&self.client, &desired.key.namespace, &reference.name).await {
                 Ok(Some(secret)) => keyring.extend(pull_secrets::credentials(&secret, name)),
                 Ok(None) => {}
-                Err(error) => tracing::warn!(pod = %desired.key, secret = reference.name, error, "pull secret"),
+                Err(error) => {
+                    tracing::warn!(pod = %desired.key, secret = reference.name, error, "pull secret")
+                }
             }
         }
         // A closed semaphore cannot be: nothing closes it.
@@ -153,7 +159,8 @@ impl Images {
             match self.cri.pull(name, auth, sandbox.clone()).await {
                 Ok(reference) => {
                     let found = self.cri.image(&reference).await.map_err(|e| e.to_string())?;
-                    let image = found.ok_or_else(|| format!("image {name} was removed while it was pulled"))?;
+                    let image =
+                        found.ok_or_else(|| format!("image {name} was removed while it was pulled"))?;
                     return Ok((image, started.elapsed()));
                 }
                 Err(error) => last = error.status.message().to_owned(),

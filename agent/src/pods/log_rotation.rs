@@ -77,7 +77,9 @@ async fn rotate(ctx: &Context, id: &str, path: &Path) {
 }
 
 fn remove_oldest(path: &Path) {
-    let (Some(parent), Some(name)) = (path.parent(), path.file_name().and_then(|n| n.to_str())) else { return };
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name().and_then(|n| n.to_str())) else {
+        return;
+    };
     let prefix = format!("{name}.");
     let entries = std::fs::read_dir(parent).into_iter().flatten().flatten();
     let mut old: Vec<_> =
@@ -103,8 +105,10 @@ mod tests {
         }
         std::fs::write(dir.path().join("1.log.20260101-000000"), "").unwrap();
         remove_oldest(&log);
-        let mut left: Vec<_> =
-            std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        let mut left: Vec<_> = std::fs::read_dir(dir.path())
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
         left.sort();
         assert_eq!(left.len(), 5);
         assert_eq!(left[0], "0.log.20260103-000000");

@@ -102,10 +102,10 @@ async fn pod_network(
     const AGAIN: Duration = Duration::from_secs(30);
     loop {
         let cidr = node.borrow_and_update().as_ref().and_then(|n| n.spec.as_ref()?.pod_cidr.clone());
-        if let Some(cidr) = cidr {
-            if let Err(error) = cri.set_pod_cidr(&cidr).await {
-                tracing::warn!(%error, "the runtime does not take the pod network");
-            }
+        if let Some(cidr) = cidr
+            && let Err(error) = cri.set_pod_cidr(&cidr).await
+        {
+            tracing::warn!(%error, "the runtime does not take the pod network");
         }
         // Every arm is cancel-safe: nothing is taken by one that loses.
         tokio::select! {

@@ -120,7 +120,8 @@ mod tests {
     fn a_log_stands_in_for_last_words() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("0.log");
-        std::fs::write(&path, "2026-01-01T00:00:00Z stdout F one two\n2026-01-01T00:00:01Z stderr F three\n").unwrap();
+        std::fs::write(&path, "2026-01-01T00:00:00Z stdout F one two\n2026-01-01T00:00:01Z stderr F three\n")
+            .unwrap();
         assert_eq!(log_tail(&path).unwrap(), "one two\nthree\n");
     }
 }

@@ -7,10 +7,16 @@ use k8s_openapi::api::core::v1 as api;
 
 /// A container's state, reduced to what the phase depends on.
 enum Seen {
-    Running { started: bool },
-    Ended { exit_code: i32 },
+    Running {
+        started: bool,
+    },
+    Ended {
+        exit_code: i32,
+    },
     /// Waiting after an earlier run ended.
-    Between { exit_code: i32 },
+    Between {
+        exit_code: i32,
+    },
     Waiting,
 }
 

@@ -204,7 +204,8 @@ pub fn run(desired: &Desired, actual: &Actual, memory: &Memory, now: Timestamp) 
         new_sandbox(&mut plan, actual, memory, desired, now);
         return plan;
     };
-    let mut next = Starts { plan: &mut plan, desired, actual, memory, now, sandbox: &sandbox.id, given: false };
+    let mut next =
+        Starts { plan: &mut plan, desired, actual, memory, now, sandbox: &sandbox.id, given: false };
     // Containers of an older sandbox tell nothing of what has to run in this one.
     let initialised = desired.of_role(Role::Main).any(|c| next.here(c).is_some());
     if next.before_main(initialised) {
@@ -220,8 +221,12 @@ fn new_sandbox(plan: &mut Plan, actual: &Actual, memory: &Memory, desired: &Desi
     let lost: Vec<&Ran> = actual.running().collect();
     if !lost.is_empty() {
         for ran in lost {
-            let why = format!("Pod sandbox changed, it will be killed and re-created; container {}", ran.name);
-            plan.give(memory, Action::Kill { id: ran.id.clone(), name: ran.name.clone(), why, grace: desired.grace });
+            let why =
+                format!("Pod sandbox changed, it will be killed and re-created; container {}", ran.name);
+            plan.give(
+                memory,
+                Action::Kill { id: ran.id.clone(), name: ran.name.clone(), why, grace: desired.grace },
+            );
         }
         return;
     }
@@ -265,7 +270,9 @@ impl Starts<'_> {
             }
             let done = match self.here(container) {
                 Some(ran) if ran.state == State::Exited && ran.exit_code == 0 => true,
-                Some(ran) if ran.state == State::Exited && !container.restarts_after(ran.exit_code) => return false,
+                Some(ran) if ran.state == State::Exited && !container.restarts_after(ran.exit_code) => {
+                    return false;
+                }
                 _ => false,
             };
             if !done {
@@ -379,7 +386,8 @@ pub fn stop(desired: &Desired, actual: &Actual, memory: &Memory, stop: &Stop, no
     let mut next: Vec<&Ran> = running.iter().copied().filter(|r| role(r) != Role::Sidecar).collect();
     if next.is_empty() {
         // Sidecars end in reverse, each when those it served have ended.
-        let last = desired.of_role(Role::Sidecar).rev().find_map(|c| running.iter().find(|r| r.name == c.name));
+        let last =
+            desired.of_role(Role::Sidecar).rev().find_map(|c| running.iter().find(|r| r.name == c.name));
         next.extend(last);
     }
     let left = Duration::try_from(stop.deadline.duration_since(now)).unwrap_or(Duration::ZERO);

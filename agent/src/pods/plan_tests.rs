@@ -91,9 +91,13 @@ fn a_crash_waits_for_its_back_off() {
 
 #[test]
 fn restart_policies() {
-    for (policy, code, restarts) in
-        [("Always", 0, true), ("Always", 1, true), ("OnFailure", 0, false), ("OnFailure", 1, true), ("Never", 1, false)]
-    {
+    for (policy, code, restarts) in [
+        ("Always", 0, true),
+        ("Always", 1, true),
+        ("OnFailure", 0, false),
+        ("OnFailure", 1, true),
+        ("Never", 1, false),
+    ] {
         let desired = pod(&format!("{{restartPolicy: {policy}, containers: [{{name: a, image: i}}]}}"));
         let seen = actual(vec![ran("a", 0, State::Exited, code)]);
         assert_eq!(!step(&desired, &seen).is_empty(), restarts, "{policy} {code}");
@@ -103,7 +107,9 @@ fn restart_policies() {
 
 #[test]
 fn a_failed_init_container_ends_the_pod() {
-    let desired = pod("{restartPolicy: Never, initContainers: [{name: i, image: i}], containers: [{name: a, image: i}]}");
+    let desired = pod(
+        "{restartPolicy: Never, initContainers: [{name: i, image: i}], containers: [{name: a, image: i}]}",
+    );
     let seen = actual(vec![ran("i", 0, State::Exited, 1)]);
     assert_eq!(verdict(&desired, &seen), Verdict::Over);
     assert!(step(&desired, &seen).is_empty());
@@ -170,7 +176,9 @@ fn stops_mains_then_sidecars_in_reverse_then_the_sandbox() {
                 }
                 Action::RemoveContainer { id } => seen.containers.retain(|c| c.id != *id),
                 Action::RemoveSandbox { id } => seen.sandboxes.retain(|s| s.id != *id),
-                Action::CreateSandbox { .. } | Action::Start { .. } => panic!("a stopping pod starts {action:?}"),
+                Action::CreateSandbox { .. } | Action::Start { .. } => {
+                    panic!("a stopping pod starts {action:?}")
+                }
             }
         }
         if plan.gone {
@@ -179,7 +187,10 @@ fn stops_mains_then_sidecars_in_reverse_then_the_sandbox() {
     }
     let removed: BTreeSet<_> = done.split_off(4).into_iter().collect();
     assert_eq!(done, ["kill a-0", "kill t-0", "kill s-0", "stop s0"]);
-    assert_eq!(removed.into_iter().collect::<Vec<_>>(), ["remove a-0", "remove s-0", "remove s0", "remove t-0"]);
+    assert_eq!(
+        removed.into_iter().collect::<Vec<_>>(),
+        ["remove a-0", "remove s-0", "remove s0", "remove t-0"]
+    );
 }
 
 fn any_state() -> impl Strategy<Value = State> {
@@ -191,11 +202,13 @@ fn any_actual() -> impl Strategy<Value = Actual> {
     let containers = prop::collection::vec(container, 0..8);
     (containers, prop::collection::vec(any::<bool>(), 0..3)).prop_map(|(containers, ready)| {
         let mut ids = BTreeSet::new();
-        let containers = containers.into_iter().filter(|c| ids.insert((c.0.clone(), c.1))).map(|(name, restarts, state, code, sandbox)| {
-            let mut ran = ran(&name, restarts, state, code);
-            ran.sandbox = format!("s{sandbox}");
-            ran
-        });
+        let containers = containers.into_iter().filter(|c| ids.insert((c.0.clone(), c.1))).map(
+            |(name, restarts, state, code, sandbox)| {
+                let mut ran = ran(&name, restarts, state, code);
+                ran.sandbox = format!("s{sandbox}");
+                ran
+            },
+        );
         let sandboxes = ready.into_iter().enumerate().map(|(n, ready)| sandbox(n as u32, ready));
         Actual::new(sandboxes.collect(), containers.collect())
     })

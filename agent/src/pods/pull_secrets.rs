@@ -48,7 +48,8 @@ pub fn with_tag(image: &str) -> Result<String, String> {
         return Err(wrong());
     }
     let (host, path) = split_host(repository);
-    let path_byte = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'.' | b'_' | b'-' | b'/');
+    let path_byte =
+        |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'.' | b'_' | b'-' | b'/');
     let host_byte = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b':' | b'[' | b']');
     let parts_ok = path.split('/').all(|p| p.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric()));
     if !parts_ok || !path.bytes().all(path_byte) || !host.is_none_or(|h| h.bytes().all(host_byte)) {
@@ -74,7 +75,8 @@ pub fn credentials(secret: &Secret, image: &str) -> Vec<AuthConfig> {
     } else {
         return Vec::new();
     };
-    let mut fitting: Vec<_> = parsed.unwrap_or_default().into_iter().filter(|(at, _)| fits(at, image)).collect();
+    let mut fitting: Vec<_> =
+        parsed.unwrap_or_default().into_iter().filter(|(at, _)| fits(at, image)).collect();
     fitting.sort_by_key(|(at, _)| std::cmp::Reverse(at.len()));
     fitting.into_iter().map(|(at, entry)| auth(at, entry)).collect()
 }
@@ -85,15 +87,22 @@ fn fits(at: &str, image: &str) -> bool {
     let name = image.split('@').next().unwrap_or(image);
     let (host, path) = split_host(name);
     let (host, at) = match host {
-        None | Some("docker.io" | "index.docker.io") => ("docker.io", at.replace("index.docker.io", "docker.io")),
+        None | Some("docker.io" | "index.docker.io") => {
+            ("docker.io", at.replace("index.docker.io", "docker.io"))
+        }
         Some(host) => (host, at.to_owned()),
     };
     let (at_host, at_path) = at.split_once('/').map_or((at.as_str(), ""), |(host, path)| (host, path));
     let hosts = match at_host.strip_prefix("*.") {
-        Some(parent) => host.strip_suffix(parent).is_some_and(|h| h.ends_with('.') && !h[..h.len() - 1].contains('.')),
+        Some(parent) => {
+            host.strip_suffix(parent).is_some_and(|h| h.ends_with('.') && !h[..h.len() - 1].contains('.'))
+        }
         None => at_host == host,
     };
-    hosts && path.strip_prefix(at_path).is_some_and(|rest| at_path.is_empty() || rest.is_empty() || rest.starts_with(['/', ':']))
+    hosts
+        && path
+            .strip_prefix(at_path)
+            .is_some_and(|rest| at_path.is_empty() || rest.is_empty() || rest.starts_with(['/', ':']))
 }
 
 fn auth(at: String, entry: Entry) -> AuthConfig {
@@ -102,7 +111,13 @@ fn auth(at: String, entry: Entry) -> AuthConfig {
         Some((user, password)) if entry.username.is_empty() => (user.to_owned(), password.to_owned()),
         _ => (entry.username, entry.password),
     };
-    AuthConfig { username, password, server_address: at, identity_token: entry.identity_token, ..Default::default() }
+    AuthConfig {
+        username,
+        password,
+        server_address: at,
+        identity_token: entry.identity_token,
+        ..Default::default()
+    }
 }
 
 #[cfg(test)]

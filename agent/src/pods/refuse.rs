@@ -39,7 +39,10 @@ pub fn check(pod: &api::Pod) -> Option<Refusal> {
         .or_else(|| spec.volumes.iter().flatten().find_map(volume))
         .or_else(|| all_containers(spec).find_map(container));
     if let Some(message) = first {
-        return Some(Refusal { reason: "Unsupported", message: format!("This node cannot run the pod: {message}.") });
+        return Some(Refusal {
+            reason: "Unsupported",
+            message: format!("This node cannot run the pod: {message}."),
+        });
     }
     sysctls(spec)
 }
@@ -73,7 +76,9 @@ fn host(spec: &api::PodSpec) -> Option<String> {
         (spec.host_ipc, "hostIPC", "IPC"),
     ];
     let (_, field, what) = shared.into_iter().find(|(flag, _, _)| yes(*flag))?;
-    Some(format!("spec.{field} asks for the host's {what}, and every pod here has a virtual machine of its own"))
+    Some(format!(
+        "spec.{field} asks for the host's {what}, and every pod here has a virtual machine of its own"
+    ))
 }
 
 fn pod_security(context: &api::PodSecurityContext) -> Option<String> {
@@ -96,7 +101,9 @@ fn profiles(
         return Some(format!("{at}.seccompProfile names a file of the host: use RuntimeDefault"));
     }
     if apparmor.is_some_and(|p| p.type_ == "Localhost") {
-        return Some(format!("{at}.appArmorProfile names a profile of the host, and guests have no AppArmor"));
+        return Some(format!(
+            "{at}.appArmorProfile names a profile of the host, and guests have no AppArmor"
+        ));
     }
     None
 }
@@ -226,12 +233,18 @@ mod tests {
             (with("volumes: [{name: v, csi: {driver: d}}]"), "csi"),
             (with("volumes: [{name: v, emptyDir: {medium: HugePages}}]"), "HugePages"),
             (with("securityContext: {seLinuxOptions: {level: s0}}"), "seLinuxOptions"),
-            (with("securityContext: {seccompProfile: {type: Localhost, localhostProfile: p}}"), "seccompProfile"),
+            (
+                with("securityContext: {seccompProfile: {type: Localhost, localhostProfile: p}}"),
+                "seccompProfile",
+            ),
             (with("securityContext: {sysctls: [{name: kernel.msgmax, value: '1'}]}"), "SysctlForbidden"),
             (of_container("securityContext: {privileged: true}"), "securityContext.privileged"),
             (of_container("ports: [{containerPort: 1, hostPort: 1}]"), "hostPort"),
             (of_container("volumeDevices: [{name: d, devicePath: /d}]"), "volumeDevices"),
-            (of_container("volumeMounts: [{name: v, mountPath: /v, mountPropagation: Bidirectional}]"), "mountPropagation"),
+            (
+                of_container("volumeMounts: [{name: v, mountPath: /v, mountPropagation: Bidirectional}]"),
+                "mountPropagation",
+            ),
         ];
         for (spec, needle) in table {
             let refused = check_text(&spec).unwrap_or_default();

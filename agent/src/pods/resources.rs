@@ -193,7 +193,8 @@ pub fn field(
     divisor: Option<&Quantity>,
     node: impl Fn(&str) -> i64,
 ) -> Result<String, String> {
-    let (kind, name) = resource.split_once('.').ok_or_else(|| format!("resource '{resource}' is not a field"))?;
+    let (kind, name) =
+        resource.split_once('.').ok_or_else(|| format!("resource '{resource}' is not a field"))?;
     let known = matches!(name, "cpu" | "memory" | "ephemeral-storage") || name.starts_with("hugepages-");
     if !known {
         return Err(format!("resource '{resource}' is not supported"));
@@ -255,16 +256,22 @@ mod tests {
                            {name: b, image: i, resources: {limits: {cpu: 1, memory: 64Mi}}}]}",
         );
         let a = of_container(&desired.containers[0], "Burstable", 1 << 30);
-        assert_eq!((a.cpu_quota, a.cpu_period, a.cpu_shares, a.memory_limit_in_bytes), (50_000, 100_000, 256, 64 << 20));
+        assert_eq!(
+            (a.cpu_quota, a.cpu_period, a.cpu_shares, a.memory_limit_in_bytes),
+            (50_000, 100_000, 256, 64 << 20)
+        );
         let all = of_pod(&desired);
         assert_eq!((all.cpu_quota, all.memory_limit_in_bytes), (150_000, 128 << 20));
-        let open = pod("{containers: [{name: a, image: i, resources: {limits: {memory: 64Mi}}}, {name: b, image: i}]}");
+        let open = pod(
+            "{containers: [{name: a, image: i, resources: {limits: {memory: 64Mi}}}, {name: b, image: i}]}",
+        );
         assert_eq!(of_pod(&open).memory_limit_in_bytes, 0);
     }
 
     #[test]
     fn resource_fields() {
-        let desired = pod("{containers: [{name: a, image: i, resources: {limits: {cpu: 1500m, memory: 64Mi}}}]}");
+        let desired =
+            pod("{containers: [{name: a, image: i, resources: {limits: {cpu: 1500m, memory: 64Mi}}}]}");
         let c = &desired.containers[0].spec;
         let get = |resource: &str, divisor: &str| {
             field(c, resource, Some(&Quantity(divisor.into())), |_| 7).unwrap()

@@ -67,7 +67,8 @@ async fn relist(cri: &Cri, changed: &mpsc::Sender<Option<String>>, mut live: wat
         match look(cri).await {
             Ok(now) => {
                 let gone = before.keys().filter(|uid| !now.contains_key(*uid));
-                let differ = now.iter().filter(|(uid, hash)| before.get(*uid) != Some(*hash)).map(|(uid, _)| uid);
+                let differ =
+                    now.iter().filter(|(uid, hash)| before.get(*uid) != Some(*hash)).map(|(uid, _)| uid);
                 for uid in gone.chain(differ).cloned().collect::<Vec<String>>() {
                     if changed.send(Some(uid)).await.is_err() {
                         return;

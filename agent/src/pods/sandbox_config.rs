@@ -54,14 +54,20 @@ struct ScratchVolume<'a> {
 }
 
 /// The sandbox.
-pub fn sandbox(desired: &Desired, attempt: u32, dirs: &Directories, cluster: &ClusterDns) -> v1::PodSandboxConfig {
+pub fn sandbox(
+    desired: &Desired,
+    attempt: u32,
+    dirs: &Directories,
+    cluster: &ClusterDns,
+) -> v1::PodSandboxConfig {
     let key = &desired.key;
     let meta = &desired.pod.metadata;
     let mut labels: HashMap<String, String> = meta.labels.clone().unwrap_or_default().into_iter().collect();
     labels.insert(POD_NAME.into(), key.name.clone());
     labels.insert(POD_NAMESPACE.into(), key.namespace.clone());
     labels.insert(POD_UID.into(), key.uid.clone());
-    let mut annotations: HashMap<String, String> = meta.annotations.clone().unwrap_or_default().into_iter().collect();
+    let mut annotations: HashMap<String, String> =
+        meta.annotations.clone().unwrap_or_default().into_iter().collect();
     // Said by the node alone, whatever the pod's author wrote.
     annotations.insert(SCRATCH_VOLUMES.into(), scratch_volumes(desired, dirs));
     annotations.remove(FS_GROUP);
@@ -84,7 +90,12 @@ pub fn sandbox(desired: &Desired, attempt: u32, dirs: &Directories, cluster: &Cl
         annotations,
         linux: Some(v1::LinuxPodSandboxConfig {
             cgroup_parent: String::new(),
-            sysctls: context.sysctls.iter().flatten().map(|s| (s.name.replace('/', "."), s.value.clone())).collect(),
+            sysctls: context
+                .sysctls
+                .iter()
+                .flatten()
+                .map(|s| (s.name.replace('/', "."), s.value.clone()))
+                .collect(),
             overhead: Some(resources::overhead(desired.spec())),
             resources: Some(resources::of_pod(desired)),
             security_context: Some(v1::LinuxSandboxSecurityContext {
@@ -102,7 +113,11 @@ pub fn sandbox(desired: &Desired, attempt: u32, dirs: &Directories, cluster: &Cl
 
 /// Which namespaces a pod's containers share.
 pub fn namespaces(spec: &api::PodSpec) -> v1::NamespaceOption {
-    let pid = if spec.share_process_namespace == Some(true) { v1::NamespaceMode::Pod } else { v1::NamespaceMode::Container };
+    let pid = if spec.share_process_namespace == Some(true) {
+        v1::NamespaceMode::Pod
+    } else {
+        v1::NamespaceMode::Container
+    };
     v1::NamespaceOption {
         network: v1::NamespaceMode::Pod as i32,
         pid: pid as i32,

@@ -129,7 +129,9 @@ async fn post_start(
     let object = pod_reference(&desired.pod, Some(container.field()));
     ctx.events.record(object, Severity::Warning, "FailedPostStartHook", "PostStartHook failed");
     let message = format!("PostStartHook failed: {why}");
-    stop_container(ctx, desired, id, &container.name, "FailedPostStartHook", desired.grace, true, ip).await.ok();
+    stop_container(ctx, desired, id, &container.name, "FailedPostStartHook", desired.grace, true, ip)
+        .await
+        .ok();
     Err(StartError { reason: "PostStartHookError", message, again: Timestamp::now() })
 }
 
@@ -148,7 +150,8 @@ async fn configure(
     let pod_dir = ctx.dirs.pod(&desired.key.uid);
     let hosts = pod_dir.join("etc-hosts");
     let text = dns::hosts_file(desired, &start.ips, &ctx.cluster_dns().domain);
-    let message = pod_dir.join("containers").join(&container.name).join(format!("{}.message", start.restarts));
+    let message =
+        pod_dir.join("containers").join(&container.name).join(format!("{}.message", start.restarts));
     write(&hosts, &text, 0o644)?;
     write(&message, "", 0o666)?;
     let logs = ctx.dirs.pod_logs(desired).join(&container.name);
@@ -188,7 +191,9 @@ fn sub_directory(volume: &Path, sub_path: &Path) -> Result<(), String> {
         match std::fs::symlink_metadata(&path) {
             Ok(found) if found.is_symlink() => return Err(format!("subPath: {} is a link", path.display())),
             Ok(_) => {}
-            Err(_) => std::fs::create_dir(&path).map_err(|e| format!("cannot make {}: {e}", path.display()))?,
+            Err(_) => {
+                std::fs::create_dir(&path).map_err(|e| format!("cannot make {}: {e}", path.display()))?
+            }
         }
     }
     Ok(())
@@ -198,7 +203,10 @@ fn sub_directory(volume: &Path, sub_path: &Path) -> Result<(), String> {
 ///
 /// # Errors
 /// When the runtime cannot.
-#[expect(clippy::too_many_arguments, reason = "one call of one verb; a struct would only be taken apart again")]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "one call of one verb; a struct would only be taken apart again"
+)]
 pub async fn stop_container(
     ctx: &Context,
     desired: &Desired,

@@ -46,14 +46,18 @@ pub fn compute(inputs: &Inputs<'_>) -> api::PodStatus {
         let chosen = desired.containers.iter().filter(|c| (c.role != Role::Main) == init);
         chosen.map(|c| container_status(inputs, c)).collect()
     };
-    let (init, main) = (of(true), of(false));
+    // A pod that was never let in has no containers to speak of.
+    let refused =
+        inputs.failed.is_some() && inputs.actual.containers.is_empty() && inputs.actual.sandboxes.is_empty();
+    let (init, main) = if refused { (Vec::new(), Vec::new()) } else { (of(true), of(false)) };
     let all: Vec<&api::ContainerStatus> = init.iter().chain(&main).collect();
     let initialised = main.iter().any(|s| {
         let state = s.state.as_ref();
         state.is_some_and(|s| s.running.is_some() || s.terminated.is_some())
             || s.last_state.as_ref().is_some_and(|s| s.terminated.is_some())
     });
-    let (phase, reason, message) = final_phase(inputs, phase::phase(desired, &all, inputs.ending, initialised));
+    let (phase, reason, message) =
+        final_phase(inputs, phase::phase(desired, &all, inputs.ending, initialised));
     let old_conditions = inputs.old.conditions.as_deref().unwrap_or_default();
     let conditions = conditions::conditions(
         desired,
@@ -72,7 +76,7 @@ pub fn compute(inputs: &Inputs<'_>) -> api::PodStatus {
         host_ips: (!host_ips.is_empty()).then_some(host_ips),
         pod_ip: ips.first().cloned(),
         pod_ips: (!ips.is_empty()).then(|| ips.into_iter().map(|ip| api::PodIP { ip }).collect()),
-        container_statuses: Some(main),
+        container_statuses: (!main.is_empty()).then_some(main),
         init_container_statuses: (!init.is_empty()).then_some(init),
         phase: Some(phase),
         reason,
@@ -92,7 +96,8 @@ fn final_phase(inputs: &Inputs<'_>, computed: &str) -> (String, Option<String>, 
     if let Some(last) = api_phase.or(old.phase.as_deref().filter(|p| is_final(p))) {
         return (last.to_owned(), old.reason.clone(), old.message.clone());
     }
-    let stays = || (old.phase.clone().unwrap_or_else(|| "Pending".into()), old.reason.clone(), old.message.clone());
+    let stays =
+        || (old.phase.clone().unwrap_or_else(|| "Pending".into()), old.reason.clone(), old.message.clone());
     if let Some((reason, message)) = inputs.failed {
         if !inputs.stopped {
             return stays();
@@ -147,7 +152,10 @@ fn container_status(inputs: &Inputs<'_>, container: &Container) -> api::Containe
     };
     api::ContainerStatus {
         name: container.name.clone(),
-        image: current.map(|r| r.image.clone()).filter(|i| !i.is_empty()).unwrap_or_else(|| container.image.clone()),
+        image: current
+            .map(|r| r.image.clone())
+            .filter(|i| !i.is_empty())
+            .unwrap_or_else(|| container.image.clone()),
         image_id: current.map(|r| r.image_ref.clone()).unwrap_or_default(),
         container_id: current.map(id),
         restart_count: current.map_or(0, |r| i32::try_from(r.restarts).unwrap_or(i32::MAX)),
@@ -157,8 +165,14 @@ fn container_status(inputs: &Inputs<'_>, container: &Container) -> api::Containe
         last_state: last.map(|t| api::ContainerState { terminated: Some(t), ..Default::default() }),
         resources: container.spec.resources.clone().filter(|r| *r != api::ResourceRequirements::default()),
         allocated_resources: container.spec.resources.as_ref().and_then(|r| r.requests.clone()),
-        user: current.filter(|_| running).and_then(|r| r.user.as_ref()).map(|(uid, gid, groups)| api::ContainerUser {
-            linux: Some(api::LinuxContainerUser { uid: *uid, gid: *gid, supplemental_groups: Some(groups.clone()) }),
+        user: current.filter(|_| running).and_then(|r| r.user.as_ref()).map(|(uid, gid, groups)| {
+            api::ContainerUser {
+                linux: Some(api::LinuxContainerUser {
+                    uid: *uid,
+                    gid: *gid,
+                    supplemental_groups: Some(groups.clone()),
+                }),
+            }
         }),
         volume_mounts: volume_mounts(container),
         ..api::ContainerStatus::default()
@@ -171,7 +185,10 @@ fn volume_mounts(container: &Container) -> Option<Vec<api::VolumeMountStatus>> {
         name: m.name.clone(),
         mount_path: m.mount_path.clone(),
         read_only: m.read_only.filter(|r| *r),
-        recursive_read_only: m.read_only.filter(|r| *r).map(|_| m.recursive_read_only.clone().unwrap_or_else(|| "Disabled".into())),
+        recursive_read_only: m
+            .read_only
+            .filter(|r| *r)
+            .map(|_| m.recursive_read_only.clone().unwrap_or_else(|| "Disabled".into())),
         ..Default::default()
     };
     Some(mounts.iter().map(status).collect())
@@ -218,10 +235,9 @@ fn forgotten_last_state(
 ) -> Option<api::ContainerStateTerminated> {
     let before = old_status(old, &container.name)?;
     let current_id = current.map(id);
-    if before.container_id != current_id {
-        if let Some(ended) = before.state.as_ref().and_then(|s| s.terminated.clone()) {
-            return Some(ended);
-        }
+    let ended = before.state.as_ref().and_then(|s| s.terminated.clone());
+    if before.container_id != current_id && ended.is_some() {
+        return ended;
     }
     before.last_state.as_ref().and_then(|s| s.terminated.clone()).filter(|t| t.container_id != current_id)
 }
@@ -252,7 +268,8 @@ pub fn remember(actual: &mut Actual, desired: &Desired, old: &api::PodStatus) {
         });
         let ended = ended.or_else(|| before.last_state.as_ref().and_then(|s| s.terminated.clone()));
         let Some(ended) = ended else { continue };
-        let nanoseconds = |time: Option<Time>| time.map_or(0, |t| i64::try_from(t.0.as_nanosecond()).unwrap_or(0));
+        let nanoseconds =
+            |time: Option<Time>| time.map_or(0, |t| i64::try_from(t.0.as_nanosecond()).unwrap_or(0));
         actual.containers.push(Ran {
             id: id.rsplit("://").next().unwrap_or(id).to_owned(),
             sandbox: String::new(),

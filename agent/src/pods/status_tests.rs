@@ -14,7 +14,15 @@ struct Case<'a> {
 }
 
 fn case<'a>(desired: &'a Desired, actual: Actual) -> Case<'a> {
-    Case { desired, actual, waiting: BTreeMap::new(), ready: true, ending: false, stopped: false, failed: None }
+    Case {
+        desired,
+        actual,
+        waiting: BTreeMap::new(),
+        ready: true,
+        ending: false,
+        stopped: false,
+        failed: None,
+    }
 }
 
 fn show(case: &Case<'_>) -> api::PodStatus {
@@ -61,7 +69,13 @@ fn a_pod_that_has_nothing_yet() {
     assert_eq!(waiting_reason(&status, "a"), "ContainerCreating");
     assert_eq!(
         conditions(&status),
-        ["-PodReadyToStartContainers()", "Initialized", "-Ready(ContainersNotReady)", "-ContainersReady(ContainersNotReady)", "PodScheduled"]
+        [
+            "-PodReadyToStartContainers()",
+            "Initialized",
+            "-Ready(ContainersNotReady)",
+            "-ContainersReady(ContainersNotReady)",
+            "PodScheduled"
+        ]
     );
     let ready = status.conditions.as_ref().unwrap().iter().find(|c| c.type_ == "Ready").unwrap();
     assert_eq!(ready.message.as_deref(), Some("containers with unready status: [a]"));
@@ -76,7 +90,10 @@ fn a_running_pod() {
     let status = show(&case(&desired, actual(vec![ran("a", 0, State::Running, 0)])));
     assert_eq!(status.phase.as_deref(), Some("Running"));
     assert_eq!(status.pod_ip.as_deref(), Some("10.0.0.2"));
-    assert_eq!(conditions(&status), ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"]);
+    assert_eq!(
+        conditions(&status),
+        ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"]
+    );
     let a = old_status(&status, "a").unwrap();
     assert_eq!(a.container_id.as_deref(), Some("atoll://a-0"));
     assert_eq!((a.ready, a.started, a.restart_count), (true, Some(true), 0));
@@ -92,7 +109,8 @@ fn init_containers() {
     assert_eq!(status.phase.as_deref(), Some("Pending"));
     assert_eq!(waiting_reason(&status, "a"), "PodInitializing");
     assert!(conditions(&status).contains(&"-Initialized(ContainersNotInitialized)".into()));
-    let status = show(&case(&desired, actual(vec![ran("i", 0, State::Exited, 0), ran("a", 0, State::Running, 0)])));
+    let status =
+        show(&case(&desired, actual(vec![ran("i", 0, State::Exited, 0), ran("a", 0, State::Running, 0)])));
     assert_eq!(status.phase.as_deref(), Some("Running"));
     assert!(old_status(&status, "i").unwrap().ready);
 }
@@ -116,7 +134,8 @@ fn a_crash_loop_shows_how_it_ended() {
 #[test]
 fn a_restarted_container_shows_its_last_state() {
     let desired = pod(ONE);
-    let status = show(&case(&desired, actual(vec![ran("a", 1, State::Running, 0), ran("a", 0, State::Exited, 3)])));
+    let status =
+        show(&case(&desired, actual(vec![ran("a", 1, State::Running, 0), ran("a", 0, State::Exited, 3)])));
     let a = old_status(&status, "a").unwrap();
     assert_eq!(a.last_state.clone().unwrap().terminated.unwrap().exit_code, 3);
     assert_eq!(a.restart_count, 1);
@@ -149,6 +168,7 @@ fn a_refused_pod_is_failed() {
     let status = show(&seen);
     assert_eq!(status.phase.as_deref(), Some("Failed"));
     assert_eq!((status.reason.as_deref(), status.message.as_deref()), (Some("Unsupported"), Some("no")));
+    assert!(status.container_statuses.is_none());
 }
 
 #[test]

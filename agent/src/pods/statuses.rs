@@ -117,7 +117,9 @@ impl Statuses {
         let mut requests = JoinSet::new();
         loop {
             let next = self.start_due(&mut requests);
-            let wait = next.map_or(LONGEST_WAIT, |n| Duration::try_from(n.duration_since(Timestamp::now())).unwrap_or_default());
+            let wait = next.map_or(LONGEST_WAIT, |n| {
+                Duration::try_from(n.duration_since(Timestamp::now())).unwrap_or_default()
+            });
             // Every arm is cancel-safe: none of them has taken anything when another one wins.
             tokio::select! {
                 Some(done) = requests.join_next() => {
@@ -132,7 +134,10 @@ impl Statuses {
         }
         self.start_due(&mut requests);
         // What was not written by then is computed and written again by the next start.
-        let _ = tokio::time::timeout(Duration::from_secs(3), async { while requests.join_next().await.is_some() {} }).await;
+        let _ = tokio::time::timeout(Duration::from_secs(3), async {
+            while requests.join_next().await.is_some() {}
+        })
+        .await;
     }
 
     /// Starts what is due; answers when the next one is.
@@ -147,7 +152,8 @@ impl Statuses {
                 continue;
             }
             entry.under_way = true;
-            let (client, key, pod, version) = (self.client.clone(), entry.key.clone(), entry.pod.clone(), entry.version);
+            let (client, key, pod, version) =
+                (self.client.clone(), entry.key.clone(), entry.pod.clone(), entry.version);
             let (uid, patch, delete) = (uid.clone(), entry.version > entry.posted, entry.finished);
             requests.spawn(async move {
                 let post = post(client, &key, &pod, patch, delete);
@@ -155,7 +161,10 @@ impl Statuses {
                 (uid, version, posted.unwrap_or_else(|_| Posted::Failed("no answer".into())))
             });
         }
-        let waiting = state.entries.values().filter(|e| !e.under_way && (e.version > e.posted || (e.finished && !e.deleted)));
+        let waiting = state
+            .entries
+            .values()
+            .filter(|e| !e.under_way && (e.version > e.posted || (e.finished && !e.deleted)));
         waiting.map(|e| e.not_before).min()
     }
 
@@ -195,7 +204,11 @@ async fn post(client: kube::Client, key: &PodKey, pod: &Pod, patch: bool, delete
         return Posted::Accepted;
     }
     let preconditions = Preconditions { uid: Some(key.uid.clone()), resource_version: None };
-    let params = DeleteParams { grace_period_seconds: Some(0), preconditions: Some(preconditions), ..Default::default() };
+    let params = DeleteParams {
+        grace_period_seconds: Some(0),
+        preconditions: Some(preconditions),
+        ..Default::default()
+    };
     match api.delete(&key.name, &params).await {
         Ok(_) => Posted::Deleted,
         // 409: the name belongs to another pod now.
@@ -205,7 +218,9 @@ async fn post(client: kube::Client, key: &PodKey, pod: &Pod, patch: bool, delete
 }
 
 fn is_other_uid(message: &str) -> bool {
-    message.contains("uid mismatch") || message.contains("metadata.uid") || message.contains("Precondition failed: UID")
+    message.contains("uid mismatch")
+        || message.contains("metadata.uid")
+        || message.contains("Precondition failed: UID")
 }
 
 /// The patch: absent fields are removed, lists that the API merges by key are replaced, other writers' conditions
@@ -213,7 +228,7 @@ fn is_other_uid(message: &str) -> bool {
 fn patch_body(uid: &str, status: Option<&PodStatus>) -> Value {
     let mut body = serde_json::to_value(status).unwrap_or_default();
     if let Some(fields) = body.as_object_mut() {
-        for absent in ["reason", "message", "initContainerStatuses", "podIP", "podIPs"] {
+        for absent in ["reason", "message", "containerStatuses", "initContainerStatuses", "podIP", "podIPs"] {
             fields.entry(absent).or_insert(Value::Null);
         }
         for list in ["podIPs", "hostIPs"] {
@@ -242,7 +257,8 @@ mod tests {
 
     #[test]
     fn a_patch_says_what_is_gone_and_leaves_others_alone() {
-        let condition = |name: &str| PodCondition { type_: name.into(), status: "True".into(), ..Default::default() };
+        let condition =
+            |name: &str| PodCondition { type_: name.into(), status: "True".into(), ..Default::default() };
         let status = PodStatus {
             phase: Some("Running".into()),
             pod_ips: Some(vec![PodIP { ip: "10.0.0.2".into() }]),

@@ -19,7 +19,13 @@ pub fn pod_with(metadata: &str, spec: &str, status: &str) -> Desired {
 
 /// A sandbox `s<attempt>`.
 pub fn sandbox(attempt: u32, ready: bool) -> Sandbox {
-    Sandbox { id: format!("s{attempt}"), attempt, ready, created: i64::from(attempt) + 1, ips: vec!["10.0.0.2".into()] }
+    Sandbox {
+        id: format!("s{attempt}"),
+        attempt,
+        ready,
+        created: i64::from(attempt) + 1,
+        ips: vec!["10.0.0.2".into()],
+    }
 }
 
 /// Run number `restarts` of a container in sandbox `s0`, named `<name>-<restarts>`.

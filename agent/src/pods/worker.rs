@@ -116,7 +116,9 @@ impl Worker {
                 return;
             }
             let next = if self.finished { None } else { self.step().await };
-            let wait = next.map_or(RESYNC, |at| Duration::try_from(at.duration_since(Timestamp::now())).unwrap_or_default());
+            let wait = next.map_or(RESYNC, |at| {
+                Duration::try_from(at.duration_since(Timestamp::now())).unwrap_or_default()
+            });
             // Every arm is cancel-safe: a wake-up that is not taken stays.
             tokio::select! {
                 () = self.mail.wake.notified() => {}
@@ -183,12 +185,12 @@ impl Worker {
         let first = actual.sandboxes.is_empty() && actual.containers.is_empty() && self.running.is_empty();
         let refusal = if first && self.ending.is_none() { refuse::check(&self.desired.pod) } else { None };
         let fate = fate::decide(&self.desired, actual, self.removed, refusal, &self.status, now);
-        if let Some((reason, message)) = fate.failed() {
-            if self.failed.is_none() && self.ending.is_none() {
-                let object = pod_reference(&self.desired.pod, None);
-                self.ctx.events.record(object, Severity::Warning, reason, message.to_owned());
-                self.failed = Some((reason.to_owned(), message.to_owned()));
-            }
+        if let Some((reason, message)) = fate.failed()
+            && self.ending.is_none()
+        {
+            let object = pod_reference(&self.desired.pod, None);
+            self.ctx.events.record(object, Severity::Warning, reason, message.to_owned());
+            self.failed = Some((reason.to_owned(), message.to_owned()));
         }
         let (grace, remove) = match &fate {
             Fate::Run => return,
@@ -230,7 +232,8 @@ impl Worker {
         let sandbox = actual.sandbox();
         let ip = sandbox.and_then(|s| s.ips.first()).map(String::as_str);
         let settled = |ran: &&Ran| {
-            sandbox.is_some_and(|s| s.id == ran.sandbox) && !self.memory.busy.contains(&Target::Start(ran.name.clone()))
+            sandbox.is_some_and(|s| s.id == ran.sandbox)
+                && !self.memory.busy.contains(&Target::Start(ran.name.clone()))
         };
         let containers: Vec<_> = actual.running().filter(settled).collect();
         let old = &self.status;
@@ -337,7 +340,12 @@ impl Worker {
             }
             Err((reason, message)) => {
                 tracing::info!(pod = %self.desired.key, reason, message, "no sandbox");
-                self.ctx.events.record(pod_reference(&self.desired.pod, None), Severity::Warning, reason, message);
+                self.ctx.events.record(
+                    pod_reference(&self.desired.pod, None),
+                    Severity::Warning,
+                    reason,
+                    message,
+                );
                 self.memory.sandbox_not_before = Some(now + self.sandbox_wait);
                 self.sandbox_wait = (self.sandbox_wait * 2).min(SANDBOX_LONGEST);
             }
@@ -367,7 +375,10 @@ impl Worker {
     async fn publish(&mut self, actual: &Actual, plan: &Plan, now: Timestamp) {
         let mut waiting: BTreeMap<String, Waiting> = BTreeMap::new();
         for (name, error) in &self.failures {
-            waiting.insert(name.clone(), Waiting { reason: error.reason.to_owned(), message: error.message.clone() });
+            waiting.insert(
+                name.clone(),
+                Waiting { reason: error.reason.to_owned(), message: error.message.clone() },
+            );
         }
         waiting.extend(plan.waiting.clone());
         self.say_back_off(plan);
@@ -375,7 +386,8 @@ impl Worker {
             Target::Start(name) => Some((name.clone(), r.since)),
             _ => None,
         });
-        let since = starting.as_ref().map_or(0, |(_, since)| i64::try_from(since.as_nanosecond()).unwrap_or(0));
+        let since =
+            starting.as_ref().map_or(0, |(_, since)| i64::try_from(since.as_nanosecond()).unwrap_or(0));
         let seen = actual.without_starting(starting.as_ref().map(|(name, _)| name.as_str()), since);
         if self.ending.is_some() {
             waiting.clear();
@@ -410,13 +422,21 @@ impl Worker {
 
     fn say_back_off(&self, plan: &Plan) {
         for name in plan.waiting.keys() {
-            let shown = status::old_status(&self.status, name).and_then(|s| s.state.as_ref()).and_then(|s| s.waiting.as_ref());
+            let shown = status::old_status(&self.status, name)
+                .and_then(|s| s.state.as_ref())
+                .and_then(|s| s.waiting.as_ref());
             if shown.is_some_and(|w| w.reason.as_deref() == Some("CrashLoopBackOff")) {
                 continue;
             }
-            let message = format!("Back-off restarting failed container {name} in pod {}", self.desired.key.long());
+            let message =
+                format!("Back-off restarting failed container {name} in pod {}", self.desired.key.long());
             let field = self.desired.container(name).map(super::desired::Container::field);
-            self.ctx.events.record(pod_reference(&self.desired.pod, field), Severity::Warning, "BackOff", message);
+            self.ctx.events.record(
+                pod_reference(&self.desired.pod, field),
+                Severity::Warning,
+                "BackOff",
+                message,
+            );
         }
     }
 
@@ -442,4 +462,3 @@ impl Worker {
         self.desired.active_deadline.filter(|_| self.ending.is_none()).map(|limit| started + limit)
     }
 }
-

@@ -33,7 +33,9 @@ pub async fn probe(cri: &Cri, id: &str, pod_ip: &str, handler: &Handler, timeout
                 Ok(Ok(code)) if (200..400).contains(&code) => Outcome::Success,
                 Ok(Ok(code)) => Outcome::Failure(format!("HTTP probe failed with statuscode: {code}")),
                 Ok(Err(why)) => Outcome::Failure(format!("Get \"{url}\": {why}")),
-                Err(_) => Outcome::Failure(format!("Get \"{url}\": no answer within {} s", timeout.as_secs())),
+                Err(_) => {
+                    Outcome::Failure(format!("Get \"{url}\": no answer within {} s", timeout.as_secs()))
+                }
             }
         }
         Handler::Tcp { host, port } => {
@@ -41,14 +43,19 @@ pub async fn probe(cri: &Cri, id: &str, pod_ip: &str, handler: &Handler, timeout
             match tokio::time::timeout(timeout, TcpStream::connect((address, *port))).await {
                 Ok(Ok(_)) => Outcome::Success,
                 Ok(Err(why)) => Outcome::Failure(format!("dial tcp {address}:{port}: {why}")),
-                Err(_) => Outcome::Failure(format!("dial tcp {address}:{port}: no answer within {} s", timeout.as_secs())),
+                Err(_) => Outcome::Failure(format!(
+                    "dial tcp {address}:{port}: no answer within {} s",
+                    timeout.as_secs()
+                )),
             }
         }
         Handler::Grpc { port, service } => {
             match tokio::time::timeout(timeout, grpc::check(pod_ip, *port, service)).await {
                 Ok(Ok(())) => Outcome::Success,
                 Ok(Err(why)) => Outcome::Failure(why),
-                Err(_) => Outcome::Failure(format!("gRPC on port {port}: no answer within {} s", timeout.as_secs())),
+                Err(_) => {
+                    Outcome::Failure(format!("gRPC on port {port}: no answer within {} s", timeout.as_secs()))
+                }
             }
         }
         Handler::Sleep(_) => Outcome::Unknown("a probe cannot sleep".into()),
@@ -60,7 +67,11 @@ async fn exec(cri: &Cri, id: &str, command: &[String], timeout: Duration) -> Out
         Ok(done) if done.exit_code == 0 => Outcome::Success,
         Ok(done) => {
             let text = String::from_utf8_lossy(&done.output[..done.output.len().min(SHOWN)]).into_owned();
-            Outcome::Failure(if text.trim().is_empty() { format!("exit code {}", done.exit_code) } else { text })
+            Outcome::Failure(if text.trim().is_empty() {
+                format!("exit code {}", done.exit_code)
+            } else {
+                text
+            })
         }
         Err(error) if error.status.code() == Code::DeadlineExceeded || timed_out(error.status.message()) => {
             Outcome::Failure(format!("command timed out: {command:?} timed out after {}s", timeout.as_secs()))
@@ -78,7 +89,13 @@ fn timed_out(message: &str) -> bool {
 ///
 /// # Errors
 /// Why it failed.
-pub async fn hook(cri: &Cri, id: &str, pod_ip: &str, handler: &Handler, limit: Duration) -> Result<(), String> {
+pub async fn hook(
+    cri: &Cri,
+    id: &str,
+    pod_ip: &str,
+    handler: &Handler,
+    limit: Duration,
+) -> Result<(), String> {
     if let Handler::Sleep(duration) = handler {
         tokio::time::sleep((*duration).min(limit)).await;
         return Ok(());

@@ -46,12 +46,17 @@ impl Request<'_> {
         self.exchange(stream).await
     }
 
-    async fn exchange(&self, stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Result<u16, String> {
-        let mut request = http::Request::get(self.path).body(Empty::<Bytes>::new()).map_err(|e| e.to_string())?;
+    async fn exchange(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    ) -> Result<u16, String> {
+        let mut request =
+            http::Request::get(self.path).body(Empty::<Bytes>::new()).map_err(|e| e.to_string())?;
         let headers = request.headers_mut();
         let authority = format!("{}:{}", self.host, self.port);
         let ours = [(HOST, authority.as_str()), (USER_AGENT, AGENT), (ACCEPT, "*/*"), (CONNECTION, "close")];
-        let theirs = self.headers.iter().filter_map(|(n, v)| Some((HeaderName::try_from(n).ok()?, v.as_str())));
+        let theirs =
+            self.headers.iter().filter_map(|(n, v)| Some((HeaderName::try_from(n).ok()?, v.as_str())));
         for (name, value) in ours.into_iter().chain(theirs) {
             headers.insert(name, value.parse().map_err(|_| format!("header value '{value}' is not one"))?);
         }
@@ -133,7 +138,8 @@ mod tests {
             String::from_utf8(buffer[..read].to_vec()).unwrap()
         });
         let headers = [("Host".to_owned(), "web.example".to_owned())];
-        let request = Request { tls: false, host: "127.0.0.1", port, path: "/healthz?x=1", headers: &headers };
+        let request =
+            Request { tls: false, host: "127.0.0.1", port, path: "/healthz?x=1", headers: &headers };
         assert_eq!(request.send().await, Ok(204));
         let seen = server.await.unwrap().to_lowercase();
         assert!(seen.starts_with("get /healthz?x=1 http/1.1"), "{seen}");

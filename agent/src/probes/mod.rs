@@ -82,7 +82,14 @@ impl Probers {
         }
     }
 
-    fn start(&mut self, desired: &Desired, container: &Container, ran: &Ran, ip: Option<&str>, before: Option<(bool, bool)>) {
+    fn start(
+        &mut self,
+        desired: &Desired,
+        container: &Container,
+        ran: &Ran,
+        ip: Option<&str>,
+        before: Option<(bool, bool)>,
+    ) {
         let (was_started, was_ready) = before.unwrap_or_default();
         let started = container.startup.is_none() || was_started;
         let ready = container.readiness.is_none() || was_ready;

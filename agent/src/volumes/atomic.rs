@@ -99,7 +99,8 @@ fn count(directory: &Path) -> Option<usize> {
 
 /// Makes the top-level names, and removes those that are no more.
 fn names(directory: &Path, files: &[File]) -> Result<(), Failure> {
-    let wanted: BTreeSet<_> = files.iter().filter_map(|f| f.path.components().next()).map(|c| c.as_os_str().to_owned()).collect();
+    let wanted: BTreeSet<_> =
+        files.iter().filter_map(|f| f.path.components().next()).map(|c| c.as_os_str().to_owned()).collect();
     for name in &wanted {
         let path = directory.join(name);
         if fs::symlink_metadata(&path).is_err() {

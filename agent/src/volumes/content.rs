@@ -101,12 +101,22 @@ impl Builder<'_> {
         self.files.insert(path.into(), File { path: path.into(), mode, data });
     }
 
-    fn config_map(&mut self, name: &str, items: &Option<Vec<api::KeyToPath>>, optional: Option<bool>) -> Result<(), String> {
+    fn config_map(
+        &mut self,
+        name: &str,
+        items: &Option<Vec<api::KeyToPath>>,
+        optional: Option<bool>,
+    ) -> Result<(), String> {
         let data = self.objects.config_maps.get(name).and_then(Option::as_ref);
         self.object("configmap", name, data, items, optional == Some(true))
     }
 
-    fn secret(&mut self, name: &str, items: &Option<Vec<api::KeyToPath>>, optional: Option<bool>) -> Result<(), String> {
+    fn secret(
+        &mut self,
+        name: &str,
+        items: &Option<Vec<api::KeyToPath>>,
+        optional: Option<bool>,
+    ) -> Result<(), String> {
         let data = self.objects.secrets.get(name).and_then(Option::as_ref);
         self.object("secret", name, data, items, optional == Some(true))
     }
@@ -203,8 +213,12 @@ mod tests {
                {downwardAPI: {items: [{path: namespace, fieldRef: {fieldPath: metadata.namespace}}, {path: labels, fieldRef: {fieldPath: metadata.labels}}]}}]}}",
         )
         .unwrap();
-        let expected =
-            [("ca.crt", 0o644, "1"), ("labels", 0o644, "x=\"y\""), ("namespace", 0o644, "ns"), ("token", 0o644, "T")];
+        let expected = [
+            ("ca.crt", 0o644, "1"),
+            ("labels", 0o644, "x=\"y\""),
+            ("namespace", 0o644, "ns"),
+            ("token", 0o644, "T"),
+        ];
         assert_eq!(files, want(&expected));
     }
 }

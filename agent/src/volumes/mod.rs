@@ -91,13 +91,20 @@ impl Volumes {
         desired.spec().volumes.iter().flatten().any(|v| !kind(v).1)
     }
 
-    async fn write(&self, desired: &Desired, facts: &Facts, volume: &api::Volume, path: &Path) -> Result<(), VolumeError> {
+    async fn write(
+        &self,
+        desired: &Desired,
+        facts: &Facts,
+        volume: &api::Volume,
+        path: &Path,
+    ) -> Result<(), VolumeError> {
         let name = volume.name.clone();
         let wrong = |reason| VolumeError::Content { volume: name.clone(), reason };
         let wanted = content::needs(volume);
-        let objects = objects::fetch(&self.client, &desired.key.namespace, &wanted.config_maps, &wanted.secrets)
-            .await
-            .map_err(&wrong)?;
+        let objects =
+            objects::fetch(&self.client, &desired.key.namespace, &wanted.config_maps, &wanted.secrets)
+                .await
+                .map_err(&wrong)?;
         let mut tokens = Vec::new();
         for source in &wanted.tokens {
             tokens.push(self.tokens.get(desired, &name, source).await.map_err(&wrong)?);

@@ -4,10 +4,10 @@
 //! tried again for a while.
 
 use crate::pods::env::Objects;
-use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use k8s_openapi::NamespaceResourceScope;
-use kube::api::Api;
+use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use kube::Resource;
+use kube::api::Api;
 use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -58,7 +58,10 @@ pub async fn secret(client: &kube::Client, namespace: &str, name: &str) -> Resul
 
 async fn get<K>(client: &kube::Client, namespace: &str, name: &str, what: &str) -> Result<Option<K>, String>
 where
-    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + DeserializeOwned + std::fmt::Debug,
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+        + Clone
+        + DeserializeOwned
+        + std::fmt::Debug,
 {
     let api: Api<K> = Api::namespaced(client.clone(), namespace);
     let mut waits = FORBIDDEN_WAITS.into_iter();
@@ -66,7 +69,12 @@ where
         let error = match tokio::time::timeout(REQUEST, api.get_opt(name)).await {
             Ok(Ok(found)) => return Ok(found),
             Ok(Err(error)) => error,
-            Err(_) => return Err(format!("cannot fetch {what} \"{name}\": no answer within {} s", REQUEST.as_secs())),
+            Err(_) => {
+                return Err(format!(
+                    "cannot fetch {what} \"{name}\": no answer within {} s",
+                    REQUEST.as_secs()
+                ));
+            }
         };
         let forbidden = matches!(&error, kube::Error::Api(status) if status.code == 403);
         match waits.next().filter(|_| forbidden) {

@@ -63,8 +63,13 @@ impl Tokens {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner).retain(|(pod, _, _), _| pod != uid);
     }
 
-    async fn request(&self, desired: &Desired, source: &ServiceAccountTokenProjection) -> Result<Token, String> {
-        let account = desired.spec().service_account_name.as_deref().filter(|n| !n.is_empty()).unwrap_or("default");
+    async fn request(
+        &self,
+        desired: &Desired,
+        source: &ServiceAccountTokenProjection,
+    ) -> Result<Token, String> {
+        let account =
+            desired.spec().service_account_name.as_deref().filter(|n| !n.is_empty()).unwrap_or("default");
         let body = TokenRequest {
             spec: Some(TokenRequestSpec {
                 audiences: source.audience.clone().filter(|a| !a.is_empty()).map(|a| vec![a]),
