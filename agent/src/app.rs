@@ -115,6 +115,9 @@ async fn live(
     let identity = obtain(&store, config.clone(), report).await;
     report.step(JoinState::Joined);
     let joined = Arc::clone(&config.borrow());
+    for (what, path) in [("directory of pods", &options.pods), ("directory of logs", &options.logs)] {
+        std::fs::create_dir_all(path).map_err(|source| Error::Write { what, path: path.clone(), source })?;
+    }
     let capacity = Arc::new(node::measure::capacity(&options.logs, joined.max_pods)?);
     let credentials = Credentials::new(Arc::clone(&identity.certified));
     let (node_sender, node) = watch::channel(None);
@@ -146,14 +149,22 @@ struct Parts {
 
 impl Parts {
     /// Starts every task, and ends them all when one ends or `stopped` becomes true.
-    async fn run(self, report: &Report, stop: &watch::Sender<bool>, stopped: watch::Receiver<bool>) -> Result<()> {
+    async fn run(
+        self,
+        report: &Report,
+        stop: &watch::Sender<bool>,
+        stopped: watch::Receiver<bool>,
+    ) -> Result<()> {
         let Self { shared, outputs, store, identity, credentials, joined } = self;
         let cri = Cri::new(&shared.options.cri);
         // A connection of its own: no pod's traffic delays the lease.
         let node_client = api_client::client(&identity.server, &identity.ca_pem, &credentials)?;
         let client_ca = CertificateDer::pem_slice_iter(identity.ca_pem.as_bytes())
             .collect::<std::result::Result<Vec<_>, _>>()
-            .map_err(|error| Error::Certificate { what: "the cluster's CA".into(), reason: error.to_string() })?;
+            .map_err(|error| Error::Certificate {
+                what: "the cluster's CA".into(),
+                reason: error.to_string(),
+            })?;
         let mut tasks = JoinSet::new();
         let of_node = Shared { client: node_client, ..shared.clone() };
         tasks.spawn(ends_well(node::run(of_node, cri.clone(), outputs, stopped.clone())));
@@ -161,7 +172,8 @@ impl Parts {
         tasks.spawn(kubelet_api::run(shared.clone(), cri, client_ca, stopped.clone()));
         tasks.spawn(until_moved(shared.config.clone(), joined, stopped.clone()));
         let followed = tokio::spawn(report.clone().follow(shared.clone()));
-        let renewed = tokio::spawn(keep_identity(shared.clone(), store, identity, credentials, report.clone()));
+        let renewed =
+            tokio::spawn(keep_identity(shared.clone(), store, identity, credentials, report.clone()));
         let first = tasks.join_next().await;
         let asked = stop.send_replace(true);
         let rest = async { while tasks.join_next().await.is_some() {} };
@@ -172,10 +184,9 @@ impl Parts {
         renewed.abort();
         match first {
             Some(Ok(Err(error))) => Err(error),
-            Some(Err(panicked)) if !asked => Err(Error::Certificate {
-                what: "a task of the agent".into(),
-                reason: panicked.to_string(),
-            }),
+            Some(Err(panicked)) if !asked => {
+                Err(Error::Certificate { what: "a task of the agent".into(), reason: panicked.to_string() })
+            }
             _ => Ok(()),
         }
     }
@@ -193,7 +204,8 @@ async fn until_moved(
     stopped: watch::Receiver<bool>,
 ) -> Result<()> {
     let moved = async {
-        let changed = config.wait_for(|now| now.node_name != joined.node_name || now.join != joined.join).await;
+        let changed =
+            config.wait_for(|now| now.node_name != joined.node_name || now.join != joined.join).await;
         if changed.is_ok() {
             tracing::info!("node name or cluster changed in the configuration: starting again");
         }
@@ -216,7 +228,8 @@ async fn keep_identity(
 ) {
     let node = shared.node_name();
     loop {
-        renew::keep(shared.client.clone(), node.clone(), store.clone(), identity, Arc::clone(&credentials)).await;
+        renew::keep(shared.client.clone(), node.clone(), store.clone(), identity, Arc::clone(&credentials))
+            .await;
         identity = obtain(&store, shared.config.clone(), &report).await;
         credentials.replace(Arc::clone(&identity.certified));
         report.step(JoinState::Joined);
@@ -259,7 +272,9 @@ async fn attempt(store: &Store, config: &AgentConfig, report: &Report) -> Result
             Ok(Some(join)) if cluster_info::check_pins(&stored.ca_pem, &join.pins, &join.server).is_ok() => {
                 return Ok(Some(Identity { server: join.server.clone(), ..stored }));
             }
-            Ok(Some(join)) => tracing::info!("the stored identity is another cluster's: joining {}", join.server),
+            Ok(Some(join)) => {
+                tracing::info!("the stored identity is another cluster's: joining {}", join.server)
+            }
         }
     }
     let Some(join) = join? else { return Ok(None) };

@@ -68,10 +68,7 @@ pub async fn follow(path: PathBuf) -> Result<watch::Receiver<Arc<AgentConfig>>> 
     let watched = |source| Error::Read { what: "the directory of", path: path.clone(), source };
     let directory = path.parent().unwrap_or(Path::new("/"));
     let inotify = Inotify::init().map_err(watched)?;
-    inotify
-        .watches()
-        .add(directory, WatchMask::MOVED_TO | WatchMask::CLOSE_WRITE)
-        .map_err(watched)?;
+    inotify.watches().add(directory, WatchMask::MOVED_TO | WatchMask::CLOSE_WRITE).map_err(watched)?;
     let mut changes = inotify.into_event_stream([0; 4096]).map_err(watched)?;
     let first = loop {
         match read(&path) {

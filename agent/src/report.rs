@@ -98,7 +98,8 @@ fn is_ready(node: &Node) -> bool {
 }
 
 fn running(pods: &[Arc<Pod>]) -> u32 {
-    let phase = |pod: &&Arc<Pod>| pod.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Running");
+    let phase =
+        |pod: &&Arc<Pod>| pod.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Running");
     u32::try_from(pods.iter().filter(phase).count()).unwrap_or(u32::MAX)
 }
 
@@ -108,7 +109,9 @@ fn sentence(status: &AgentStatus) -> String {
         (JoinState::NotConfigured, None) => "no join section in the machine config".into(),
         (JoinState::Joining, None) => "joining".into(),
         (JoinState::Failed, None) => "not joined".into(),
-        (JoinState::Joined, None) if status.node_ready => format!("node Ready, {} pods running", status.pods_running),
+        (JoinState::Joined, None) if status.node_ready => {
+            format!("node Ready, {} pods running", status.pods_running)
+        }
         (JoinState::Joined, None) => "joined, node not Ready yet".into(),
     }
 }

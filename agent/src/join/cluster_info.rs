@@ -74,8 +74,8 @@ pub fn trust(answer: &[u8], join: &Join) -> Result<Trusted> {
 /// # Errors
 /// When none does.
 pub fn check_pins(ca_pem: &str, pins: &[Pin], server: &Server) -> Result<()> {
-    let found = pins_of(ca_pem)
-        .map_err(|reason| JoinError::ClusterInfo { server: server.clone(), reason })?;
+    let found =
+        pins_of(ca_pem).map_err(|reason| JoinError::ClusterInfo { server: server.clone(), reason })?;
     if found.iter().any(|pin| pins.contains(pin)) {
         return Ok(());
     }

@@ -57,8 +57,8 @@ impl Verified {
     /// When they are not certificates.
     pub fn new(server: &Server, ca_pem: &str) -> Result<Self> {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let roots = roots(ca_pem)
-            .map_err(|reason| JoinError::ClusterInfo { server: server.clone(), reason })?;
+        let roots =
+            roots(ca_pem).map_err(|reason| JoinError::ClusterInfo { server: server.clone(), reason })?;
         let config = builder(&provider).with_root_certificates(roots).with_no_client_auth();
         Ok(Self { server: server.clone(), config })
     }
@@ -95,9 +95,7 @@ pub(crate) fn roots(pem: &str) -> std::result::Result<RootCertStore, String> {
     Ok(roots)
 }
 
-fn builder(
-    provider: &Arc<CryptoProvider>,
-) -> rustls::ConfigBuilder<ClientConfig, rustls::WantsVerifier> {
+fn builder(provider: &Arc<CryptoProvider>) -> rustls::ConfigBuilder<ClientConfig, rustls::WantsVerifier> {
     ClientConfig::builder_with_provider(Arc::clone(provider))
         .with_safe_default_protocol_versions()
         .expect("ring has cipher suites for TLS 1.2 and 1.3")
@@ -139,8 +137,7 @@ async fn exchange(
         let stream = TcpStream::connect((server.host.as_str(), server.port))
             .await
             .map_err(|error| unreachable(error.into()))?;
-        let name =
-            ServerName::try_from(server.host.clone()).map_err(|error| unreachable(error.into()))?;
+        let name = ServerName::try_from(server.host.clone()).map_err(|error| unreachable(error.into()))?;
         let tls = TlsConnector::from(Arc::new(config)).connect(name, stream).await.map_err(|error| {
             let from_tls = error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>());
             if from_tls {

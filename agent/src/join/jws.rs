@@ -60,7 +60,9 @@ mod tests {
     fn a_signature_that_names_another_algorithm_is_none() {
         let ours = token("abcdef.0123456789abcdef");
         let header = BASE64_URL_SAFE_NO_PAD.encode(r#"{"alg":"none","kid":"abcdef"}"#);
-        for forged in [format!("{header}.."), format!("{header}..AA"), "..".into(), "a.b.c".into(), String::new()] {
+        for forged in
+            [format!("{header}.."), format!("{header}..AA"), "..".into(), "a.b.c".into(), String::new()]
+        {
             assert!(!verify(&forged, b"payload", &ours), "{forged}");
         }
     }

@@ -77,7 +77,9 @@ pub enum JoinError {
         source: std::io::Error,
     },
     /// It is no control plane, or not set up for joining.
-    #[error("cannot join: {server} has no usable cluster-info: {reason}: is it a control plane that hosts can join by token?")]
+    #[error(
+        "cannot join: {server} has no usable cluster-info: {reason}: is it a control plane that hosts can join by token?"
+    )]
     ClusterInfo {
         /// Which server.
         server: Server,
@@ -201,8 +203,7 @@ fn expect_cluster_info(server: &Server, answer: &Answer) -> Result<()> {
 
 /// Makes the request, or finds the one made before, and waits until it is signed.
 async fn sign(join: &Join, server: &Verified, node: &str, key: &KeyPair) -> Result<String> {
-    let malformed =
-        |reason: String| JoinError::ClusterInfo { server: join.server.clone(), reason };
+    let malformed = |reason: String| JoinError::ClusterInfo { server: join.server.clone(), reason };
     let object = request::object(node, key).map_err(|error| malformed(error.to_string()))?;
     let name = request::name(node, key);
     let body = serde_json::to_vec(&object).map_err(|error| malformed(error.to_string()))?;

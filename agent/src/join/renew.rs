@@ -67,9 +67,11 @@ async fn renew(client: &kube::Client, node: &str, store: &Store, identity: &Iden
     })?;
     let name = request::name(node, &key);
     let requests: Api<CertificateSigningRequest> = Api::all(client.clone());
-    let created = within("create the certificate request", requests.create(&PostParams::default(), &object)).await;
+    let created =
+        within("create the certificate request", requests.create(&PostParams::default(), &object)).await;
     match created {
-        Err(Error::Api { source, .. }) if matches!(&*source, kube::Error::Api(status) if status.code == 409) => {}
+        Err(Error::Api { source, .. }) if matches!(&*source, kube::Error::Api(status) if status.code == 409) =>
+            {}
         other => drop(other?),
     }
     let signed = async {

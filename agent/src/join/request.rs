@@ -58,8 +58,7 @@ pub enum Outcome {
 /// Reads the outcome.
 pub fn outcome(request: &CertificateSigningRequest) -> Outcome {
     let Some(status) = &request.status else { return Outcome::Pending };
-    let refused =
-        status.conditions.iter().flatten().find(|c| c.type_ == "Denied" || c.type_ == "Failed");
+    let refused = status.conditions.iter().flatten().find(|c| c.type_ == "Denied" || c.type_ == "Failed");
     if let Some(condition) = refused {
         let message = condition.message.as_deref().unwrap_or("no reason given");
         return Outcome::Refused(format!("{}: {message}", condition.type_.to_lowercase()));

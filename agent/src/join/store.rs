@@ -44,9 +44,11 @@ impl Store {
     /// # Errors
     /// When it cannot be made.
     pub fn open(dir: &Path) -> Result<Self> {
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|source| {
-            Error::Write { what: "the directory of keys", path: dir.into(), source }
-        })?;
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+            .map_err(|source| Error::Write { what: "the directory of keys", path: dir.into(), source })?;
         Ok(Self { dir: dir.into() })
     }
 
@@ -89,7 +91,14 @@ impl Store {
     ///
     /// # Errors
     /// When the certificate is not for this key and node, or cannot be written.
-    pub fn save(&self, node: &str, key: &KeyPair, pem: &str, ca_pem: &str, server: &Server) -> Result<Identity> {
+    pub fn save(
+        &self,
+        node: &str,
+        key: &KeyPair,
+        pem: &str,
+        ca_pem: &str,
+        server: &Server,
+    ) -> Result<Identity> {
         let whole = format!("{}\n{}", pem.trim_end(), key.serialize_pem());
         let identity = identity(&whole, node, ca_pem, server)?;
         self.write("client.pem", whole.as_bytes())?;
@@ -164,8 +173,8 @@ fn identity(whole: &str, node: &str, ca_pem: &str, server: &Server) -> Result<Id
     if name != Some(user(node).as_str()) {
         return Err(broken(format!("it is for {}, not for {}", name.unwrap_or("nobody"), user(node))));
     }
-    let signing = rustls::crypto::ring::sign::any_supported_type(&key)
-        .map_err(|error| broken(error.to_string()))?;
+    let signing =
+        rustls::crypto::ring::sign::any_supported_type(&key).map_err(|error| broken(error.to_string()))?;
     Ok(Identity {
         certified: Arc::new(CertifiedKey::new(chain, signing)),
         ca_pem: ca_pem.to_owned(),

@@ -3,8 +3,9 @@
 use super::cluster_info::tests::{kubeconfig, map, pin_of};
 use super::store::Store;
 use super::token::{Join, Pin, Server, Token};
-use super::{JoinError, join, request};
+use super::{JoinError, join, renew, request};
 use crate::Error;
+use crate::api_client::{self, Credentials};
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt as _, Full};
@@ -19,7 +20,8 @@ use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, CertifiedIssuer, IsCa, KeyPair,
     SanType,
 };
-use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::server::WebPkiClientVerifier;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -56,6 +58,8 @@ struct Fake {
     server: Server,
     /// `METHOD path` and the authorization of every request.
     seen: Arc<Mutex<Vec<(String, Option<String>)>>>,
+    /// The client certificate of every connection that had one, in order.
+    peers: Arc<Mutex<Vec<CertificateDer<'static>>>>,
 }
 
 impl Fake {
@@ -75,25 +79,42 @@ impl Fake {
         let certificate = parameters.signed_by(&key, ca).unwrap();
         let private = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
         let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(ca.der().clone()).unwrap();
+        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
+            .allow_unauthenticated()
+            .build()
+            .unwrap();
         let tls = rustls::ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .unwrap()
-            .with_no_client_auth()
+            .with_client_cert_verifier(verifier)
             .with_single_cert(vec![certificate.der().clone()], private)
             .unwrap();
         let acceptor = TlsAcceptor::from(Arc::new(tls));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let server = Server { host: "127.0.0.1".into(), port: listener.local_addr().unwrap().port() };
         let seen = Arc::new(Mutex::new(Vec::new()));
-        let state = Arc::new(State { script, reads: AtomicUsize::new(0), object: Mutex::default(), seen: seen.clone() });
+        let peers = Arc::new(Mutex::new(Vec::new()));
+        let state = Arc::new(State {
+            script,
+            reads: AtomicUsize::new(0),
+            object: Mutex::default(),
+            seen: Arc::clone(&seen),
+        });
+        let connected = Arc::clone(&peers);
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                let (acceptor, state) = (acceptor.clone(), Arc::clone(&state));
+                let (acceptor, state, connected) =
+                    (acceptor.clone(), Arc::clone(&state), Arc::clone(&connected));
                 tokio::spawn(async move {
                     let Ok(tls) = acceptor.accept(stream).await else { return };
+                    let peer = tls.get_ref().1.peer_certificates().and_then(|chain| chain.first()).cloned();
+                    let known = peer.is_some();
+                    connected.lock().unwrap().extend(peer.map(CertificateDer::into_owned));
                     let answer = service_fn(move |request| {
                         let state = Arc::clone(&state);
-                        async move { Ok::<_, Infallible>(state.answer(request).await) }
+                        async move { Ok::<_, Infallible>(state.answer(request, known).await) }
                     });
                     // A client that hangs up early is part of what is tested.
                     let _ = hyper::server::conn::http1::Builder::new()
@@ -102,7 +123,7 @@ impl Fake {
                 });
             }
         });
-        Self { server, seen }
+        Self { server, seen, peers }
     }
 }
 
@@ -114,7 +135,7 @@ struct State {
 }
 
 impl State {
-    async fn answer(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
+    async fn answer(&self, request: Request<Incoming>, known: bool) -> Response<Full<Bytes>> {
         let path = request.uri().path().to_owned();
         let authorization =
             request.headers().get("authorization").map(|value| value.to_str().unwrap().to_owned());
@@ -123,7 +144,8 @@ impl State {
             let at = self.reads.fetch_add(1, Ordering::Relaxed).min(self.script.cluster_info.len() - 1);
             return reply(StatusCode::OK, self.script.cluster_info[at].clone());
         }
-        if self.script.refuses || authorization != Some(format!("Bearer {TOKEN}")) {
+        let good = known || authorization == Some(format!("Bearer {TOKEN}"));
+        if self.script.refuses || !good {
             return reply(StatusCode::UNAUTHORIZED, br#"{"message":"Unauthorized"}"#.to_vec());
         }
         if request.method() == "POST" {
@@ -280,4 +302,87 @@ async fn a_restart_goes_on_with_the_request_made_before() {
     let seen = fake.seen.lock().unwrap();
     let looked = seen.iter().filter(|(what, _)| what.ends_with(&name)).count();
     assert_eq!(looked, 2, "{seen:?}");
+}
+
+/// The first certificate of an identity that joined through `fake`, and a client that uses it.
+async fn joined(fake: &Fake, ca: &Ca, store: &Store) -> (super::Identity, Arc<Credentials>, kube::Client) {
+    let identity = try_join(fake, vec![pin_of(&ca.pem())], store).await.unwrap();
+    let credentials = Credentials::new(Arc::clone(&identity.certified));
+    let client = api_client::client(&identity.server, &identity.ca_pem, &credentials).unwrap();
+    (identity, credentials, client)
+}
+
+#[tokio::test]
+async fn a_certificate_near_its_end_is_renewed_with_a_fresh_key_and_used_at_once() {
+    let (ca, (_dir, store)) = (ca(), store());
+    let fake = Fake::start(&ca, honest(&ca)).await;
+    let (mut identity, credentials, client) = joined(&fake, &ca, &store).await;
+    let first = identity.certified.cert[0].clone();
+    identity.not_before = renew::now() - 1000;
+    identity.not_after = renew::now() + 10;
+    let keeping =
+        tokio::spawn(renew::keep(client.clone(), "n".into(), store.clone(), identity, credentials.clone()));
+    let renewed = async {
+        loop {
+            if let Some(stored) = store.load("n")
+                && stored.certified.cert[0] != first
+            {
+                return stored.certified.cert[0].clone();
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    };
+    let second = tokio::time::timeout(std::time::Duration::from_secs(20), renewed).await.unwrap();
+    let used = async {
+        while fake.peers.lock().unwrap().last() != Some(&second) {
+            // The answer does not matter, only the certificate of the connection that brings it.
+            let _ = client.apiserver_version().await;
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(20), used).await.unwrap();
+    assert_eq!(fake.peers.lock().unwrap().first(), Some(&first));
+    keeping.abort();
+}
+
+#[tokio::test]
+async fn an_expired_certificate_ends_renewal_so_that_the_node_joins_again() {
+    let (ca, (_dir, store)) = (ca(), store());
+    let fake = Fake::start(&ca, honest(&ca)).await;
+    let (mut identity, credentials, client) = joined(&fake, &ca, &store).await;
+    let gone = Fake::start(&ca, Script { refuses: true, ..honest(&ca) }).await;
+    identity.server = gone.server.clone();
+    let refused = api_client::client(&gone.server, &identity.ca_pem, &credentials).unwrap();
+    drop(client);
+    identity.not_before = renew::now() - 1000;
+    identity.not_after = renew::now() - 1;
+    let keeping = renew::keep(refused, "n".into(), store, identity, credentials);
+    tokio::time::timeout(std::time::Duration::from_secs(20), keeping).await.unwrap();
+}
+
+#[tokio::test]
+async fn connections_made_with_the_old_certificate_are_closed() {
+    let (ca, (_dir, store)) = (ca(), store());
+    let fake = Fake::start(&ca, honest(&ca)).await;
+    let (_, credentials, client) = joined(&fake, &ca, &store).await;
+    let connections = || fake.peers.lock().unwrap().len();
+    let ask = || async { drop(client.apiserver_version().await) };
+    ask().await;
+    ask().await;
+    assert_eq!(connections(), 1, "one connection serves many requests");
+    let other = {
+        let key = KeyPair::generate().unwrap();
+        let certificate = CertificateParams::new(Vec::new()).unwrap().signed_by(&key, &*ca).unwrap();
+        let private = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
+        let signing = rustls::crypto::ring::sign::any_supported_type(&private).unwrap();
+        Arc::new(rustls::sign::CertifiedKey::new(vec![certificate.der().clone()], signing))
+    };
+    credentials.replace(Arc::clone(&other));
+    let used = async {
+        while fake.peers.lock().unwrap().last() != Some(&other.cert[0]) {
+            ask().await;
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(20), used).await.unwrap();
+    assert_eq!(connections(), 2);
 }

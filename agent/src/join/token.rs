@@ -175,7 +175,8 @@ mod tests {
     fn tokens_show_no_secret() {
         let token = Token::parse("abcdef.0123456789abcdef").unwrap();
         assert_eq!(format!("{token:?}"), "Token(abcdef.…)");
-        for bad in ["abcdef", "abcdef.0123456789abcde", "ABCDEF.0123456789abcdef", "abcdef.0123456789abcdef "] {
+        for bad in ["abcdef", "abcdef.0123456789abcde", "ABCDEF.0123456789abcdef", "abcdef.0123456789abcdef "]
+        {
             assert!(!Token::parse(bad).unwrap_err().to_string().contains("0123"), "{bad}");
         }
     }
