@@ -3,7 +3,7 @@
 use anyhow::{Context, bail};
 use atoll_runtime::app::App;
 use atoll_runtime::config::Config;
-use atoll_runtime::images::helper;
+use atoll_runtime::images::unpacker;
 use atoll_runtime::notify::notify;
 use clap::Parser;
 use std::process::ExitCode;
@@ -21,8 +21,8 @@ struct Cli {
 fn main() -> ExitCode {
     // The unpack helper is this very program, and must be one thread only.
     let arguments: Vec<String> = std::env::args().collect();
-    if arguments.get(1).is_some_and(|role| role == helper::ROLE) {
-        return helper::main(&arguments[2..]);
+    if arguments.get(1).is_some_and(|role| role == unpacker::ROLE) {
+        return unpacker::main(&arguments[2..]);
     }
     let cli = Cli::parse();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));

@@ -12,7 +12,6 @@
 
 mod digest;
 mod error;
-pub mod helper;
 mod index;
 mod jail;
 mod manifest;
@@ -23,6 +22,7 @@ mod scratch;
 mod store;
 mod tarscan;
 mod unpack;
+pub mod unpacker;
 
 pub use digest::Digest;
 pub use error::ImageError;

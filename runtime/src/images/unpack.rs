@@ -1,10 +1,10 @@
-//! Layer blob → erofs file: the parent's side of the helper process (see `helper`).
+//! Layer blob → erofs file: the parent's side of the helper process (see `unpacker`).
 
 use super::StoreOptions;
 use super::digest::Digest;
 use super::error::ImageError;
-use super::helper::{Job, OUTPUT, program_paths};
 use super::scratch::Scratch;
+use super::unpacker::{Job, OUTPUT, program_paths};
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;

@@ -16,7 +16,8 @@ use hyper_util::rt::TokioIo;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Error as WsError, Message};
 
 const STDIN: u8 = 0;
@@ -161,9 +162,14 @@ impl Sender {
         self.sink.flush().await
     }
 
-    /// Says goodbye.
+    /// Says goodbye, as clients want to hear it: normal closure.
     pub async fn close(mut self) {
-        let _ = tokio::time::timeout(LINGER, self.sink.close()).await; // gone is closed, too
+        let goodbye = CloseFrame { code: CloseCode::Normal, reason: "".into() };
+        let close = async {
+            self.sink.send(Message::Close(Some(goodbye))).await?;
+            self.sink.flush().await
+        };
+        let _ = tokio::time::timeout(LINGER, close).await; // gone is closed, too
     }
 }
 

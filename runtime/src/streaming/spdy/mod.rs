@@ -7,4 +7,4 @@ mod connection;
 mod frame;
 
 pub use connection::{Connection, Incoming, Writer};
-pub use frame::{Frame, Headers, Reader};
+pub use frame::{Encoder, Frame, Headers, Reader};
