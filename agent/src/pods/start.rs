@@ -49,8 +49,7 @@ pub async fn sandbox(ctx: &Context, desired: &Desired, attempt: u32) -> Result<(
     let facts = ctx.facts(desired, &[]);
     ctx.volumes.prepare(desired, &facts).await.map_err(|e| ("FailedMount", e.to_string()))?;
     let failed = |why: String| ("FailedCreatePodSandBox", format!("Failed to create pod sandbox: {why}"));
-    let logs = ctx.dirs.pod_logs(desired);
-    std::fs::create_dir_all(&logs).map_err(|e| failed(format!("cannot make {}: {e}", logs.display())))?;
+    log_directory(&ctx.dirs.pod_logs(desired)).map_err(failed)?;
     let config = sandbox_config::sandbox(desired, attempt, &ctx.dirs, &ctx.cluster_dns());
     ctx.cri.run_sandbox(config, &ctx.handler(desired)).await.map_err(|e| failed(e.to_string()))?;
     Ok(())
@@ -154,8 +153,7 @@ async fn configure(
         pod_dir.join("containers").join(&container.name).join(format!("{}.message", start.restarts));
     write(&hosts, &text, 0o644)?;
     write(&message, "", 0o666)?;
-    let logs = ctx.dirs.pod_logs(desired).join(&container.name);
-    std::fs::create_dir_all(&logs).map_err(|e| format!("cannot make {}: {e}", logs.display()))?;
+    log_directory(&ctx.dirs.pod_logs(desired).join(&container.name))?;
     let values = env.iter().cloned().collect();
     for mount in container.spec.volume_mounts.iter().flatten() {
         if let Some((directory, true)) = volumes.get(&mount.name) {
@@ -172,6 +170,13 @@ async fn configure(
         places: &places,
         node_memory: ctx.shared.capacity.memory_bytes,
     })
+}
+
+/// Log files are the runtime's, for its user and group only. They take the group of this directory, which is ours.
+fn log_directory(path: &Path) -> Result<(), String> {
+    let failed = |e: std::io::Error| format!("cannot make {}: {e}", path.display());
+    std::fs::create_dir_all(path).map_err(failed)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o2755)).map_err(failed)
 }
 
 fn write(path: &Path, text: &str, mode: u32) -> Result<(), String> {

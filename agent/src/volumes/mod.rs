@@ -73,6 +73,8 @@ impl Volumes {
     /// The first volume that cannot be.
     pub async fn prepare(&self, desired: &Desired, facts: &Facts) -> Result<Places, VolumeError> {
         let mut places = Places::new();
+        // Secrets lie below: nobody else on the host looks in.
+        private(&self.dirs.pod(&desired.key.uid))?;
         for volume in desired.spec().volumes.iter().flatten() {
             let (kind, writable) = kind(volume);
             let path = self.dirs.volume(&desired.key.uid, kind, &volume.name);
@@ -149,6 +151,12 @@ fn kind(volume: &api::Volume) -> (&'static str, bool) {
     } else {
         ("projected", false)
     }
+}
+
+fn private(path: &Path) -> Result<(), VolumeError> {
+    let failed = |source| VolumeError::Write { volume: "of the pod".into(), path: path.to_owned(), source };
+    std::fs::create_dir_all(path).map_err(failed)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o700)).map_err(failed)
 }
 
 fn empty_dir(volume: &str, path: &Path) -> Result<(), VolumeError> {
