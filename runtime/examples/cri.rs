@@ -17,6 +17,7 @@ struct Client {
     runtime: RuntimeServiceClient<Channel>,
     images: ImageServiceClient<Channel>,
     logs: PathBuf,
+    stdin: bool,
 }
 
 fn main() -> Result<()> {
@@ -28,11 +29,13 @@ fn main() -> Result<()> {
 async fn run(mut args: Vec<String>) -> Result<()> {
     let mut socket = "/run/atoll/runtime/cri.sock".to_owned();
     let mut logs = PathBuf::from("/data/log/cri-example");
+    let mut stdin = false;
     while let Some(flag) = args.first().filter(|a| a.starts_with("--")).cloned() {
         let value = args.get(1).context("a flag lacks its value")?.clone();
         match flag.as_str() {
             "--socket" => socket = value,
             "--logs" => logs = value.into(),
+            "--stdin" => stdin = value == "yes",
             other => bail!("unknown flag {other}"),
         }
         args.drain(..2);
@@ -45,6 +48,7 @@ async fn run(mut args: Vec<String>) -> Result<()> {
         runtime: RuntimeServiceClient::new(channel.clone()),
         images: ImageServiceClient::new(channel),
         logs,
+        stdin,
     };
     match words[..] {
         ["smoke", image] => client.smoke(image, command).await,
@@ -144,6 +148,7 @@ impl Client {
             image: Some(ImageSpec { image: image.to_owned(), ..ImageSpec::default() }),
             command,
             log_path: "main/0.log".to_owned(),
+            stdin: self.stdin,
             ..ContainerConfig::default()
         };
         let request = CreateContainerRequest {

@@ -119,6 +119,27 @@ async fn a_launch_that_fails_at_any_step_leaves_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_launch_can_be_stopped() {
+    let fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    *fixture.host.broken.lock().unwrap() = Some("silent");
+    let (mut other, config) = (fixture.client().await, client.sandbox_config("silent"));
+    let launch = tokio::spawn(async move { other.sandbox_with(config).await });
+    let id = loop {
+        let list =
+            client.runtime.list_pod_sandbox(ListPodSandboxRequest::default()).await.unwrap().into_inner();
+        if let Some(sandbox) = list.items.first() {
+            break sandbox.id.clone();
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    };
+    client.stop_sandbox(&id).await;
+    assert!(launch.await.unwrap().unwrap_err().message().contains("stopped during its launch"));
+    client.remove_sandbox(&id).await;
+    assert!(fixture.host.is_clean());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_death_of_a_vm_is_seen_at_once() {
     let fixture = Fixture::new().await;
     let mut client = fixture.client().await;

@@ -6,6 +6,8 @@ use crate::service::container::ContainerPhase;
 use crate::service::process::signal_number;
 use crate::service::{Command, ContainerView};
 use crate::spec::{ContainerSpec, MountSpec, Resources, UserSpec};
+use atoll_cri::v1::SupplementalGroupsPolicy;
+use atoll_cri::v1::security_profile::ProfileType;
 use atoll_cri::v1::{
     Container, ContainerConfig, ContainerFilter, ContainerMetadata, ContainerResources, ContainerState,
     ContainerStatus, ContainerStatusRequest, ContainerStatusResponse, CreateContainerRequest,
@@ -276,6 +278,22 @@ fn user(security: &LinuxContainerSecurityContext) -> Result<UserSpec, Status> {
     })
 }
 
+/// Refuses what would silently not be done.
+fn check_profiles(name: &str, security: &LinuxContainerSecurityContext) -> Result<(), Status> {
+    if security.supplemental_groups_policy == SupplementalGroupsPolicy::Strict as i32 {
+        return Err(refuse(format!("container {name}: supplementalGroupsPolicy Strict is not supported")));
+    }
+    for (profile, what) in [(&security.seccomp, "seccomp"), (&security.apparmor, "AppArmor")] {
+        if let Some(profile) = profile.as_ref().filter(|p| p.profile_type() == ProfileType::Localhost) {
+            return Err(refuse(format!(
+                "container {name}: {what} profile {} lies on the host, which a virtual machine does not use",
+                profile.localhost_ref
+            )));
+        }
+    }
+    Ok(())
+}
+
 /// Reads a container config; refuses what a VM cannot honestly give.
 fn container_spec(config: ContainerConfig) -> Result<ContainerSpec, Status> {
     let name = config.metadata.ok_or_else(|| missing("config.metadata"))?;
@@ -298,6 +316,7 @@ fn container_spec(config: ContainerConfig) -> Result<ContainerSpec, Status> {
     if pid_mode == NamespaceMode::Node as i32 {
         return Err(refuse("the host's PID namespace cannot be shared with a container".to_owned()));
     }
+    check_profiles(&name.name, &security)?;
     let user = user(&security)?;
     let capabilities = security.capabilities.unwrap_or_default();
     let mut add = capabilities.add_capabilities;

@@ -45,6 +45,8 @@ pub(super) struct Sandbox {
     pub extents: BTreeMap<String, Layer>,
     pub vm: Option<Arc<PodVm>>,
     pub watches: HashMap<String, Watched>,
+    /// Ends a launch that is no longer wanted.
+    pub cancel: watch::Sender<bool>,
     /// The VM's remains are being cleaned up.
     pub unwinding: bool,
     pub stop_waiters: Vec<Reply<()>>,

@@ -365,6 +365,7 @@ fn restore(record: Record) -> (Sandbox, Vec<Container>) {
         extents: record.extents,
         vm: None,
         watches: HashMap::new(),
+        cancel: watch::Sender::new(false),
         unwinding: false,
         stop_waiters: Vec::new(),
         remove_waiters: Vec::new(),

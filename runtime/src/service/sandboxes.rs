@@ -18,6 +18,7 @@ use atoll_spec::ids::{ContainerId, SandboxId};
 use atoll_spec::units::GuestCid;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+use tokio::sync::watch;
 
 /// Vsock addresses are given out below this, then from the start again: the VMMs' user ids follow them.
 const CID_END: u32 = 60_000;
@@ -68,6 +69,7 @@ impl Owner {
             extents: BTreeMap::new(),
             vm: None,
             watches: HashMap::new(),
+            cancel: watch::Sender::new(false),
             unwinding: false,
             stop_waiters: Vec::new(),
             remove_waiters: Vec::new(),
@@ -110,6 +112,7 @@ impl Owner {
             guest,
             console: config.guest_console,
             deadline: config.launch_deadline(),
+            cancelled: sandbox.cancel.subscribe(),
         }
     }
 
@@ -203,7 +206,8 @@ impl Owner {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         sandbox.stop_waiters.extend(reply);
         sandbox.watches.clear();
-        // Without a VM the launch is still on: its end takes the VM down.
+        // Without a VM the launch is still on: it unwinds, and its end answers.
+        sandbox.cancel.send_replace(true);
         if let Some(vm) = sandbox.vm.clone() {
             self.jobs.spawn(async move {
                 vm.stop(true).await;

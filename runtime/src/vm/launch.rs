@@ -28,7 +28,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 /// Time for the VMM to build the machine and enter its jail.
 const BOOT_DEADLINE: Duration = Duration::from_secs(30);
@@ -69,11 +69,14 @@ pub struct Plan {
     pub console: bool,
     /// For the whole launch.
     pub deadline: Duration,
+    /// Becomes true when nobody wants it any more.
+    pub cancelled: watch::Receiver<bool>,
 }
 
 /// Launches a sandbox's VM.
 pub async fn launch(launcher: &Arc<Launcher>, plan: Plan) -> Result<Arc<PodVm>> {
     let (sandbox, deadline) = (plan.sandbox.clone(), plan.deadline);
+    let mut cancelled = plan.cancelled.clone();
     let remains = Remains::of(&plan);
     let phases = async {
         let prepared = Prepared::claim(launcher, plan).await?;
@@ -81,7 +84,12 @@ pub async fn launch(launcher: &Arc<Launcher>, plan: Plan) -> Result<Arc<PodVm>> 
         jailed.greet().await
     };
     let what = || format!("launching the virtual machine of sandbox {sandbox}");
-    match within(deadline, what, phases).await.flatten() {
+    // Dropping the phases half-way is what the unwinding below is for.
+    let result = tokio::select! {
+        result = within(deadline, what, phases) => result.flatten(),
+        Ok(_) = cancelled.wait_for(|c| *c) => Err(Error::State(format!("sandbox {sandbox} was stopped during its launch"))),
+    };
+    match result {
         Ok(pod) => Ok(pod),
         Err(error) => {
             let error = explain(error, &remains);

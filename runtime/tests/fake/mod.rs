@@ -222,6 +222,8 @@ impl FakeHost {
             VmRequest::Boot(_) if self.fails("boot").is_err() => {
                 VmReply::Error { message: "broken on purpose".to_owned() }
             }
+            // A guest that never says anything.
+            VmRequest::Boot(_) if self.fails("silent").is_err() => VmReply::Ok,
             VmRequest::Boot(_) => {
                 runtime.spawn(guest::run(self.exchange.clone(), vmm.clone()));
                 VmReply::Ok
