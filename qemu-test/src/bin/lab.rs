@@ -15,8 +15,8 @@ use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 #[derive(Debug, Parser)]
@@ -96,15 +96,21 @@ fn enter(profile: Profile) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The first process of a namespace ignores signals that it has no handler for: end on Ctrl-C, and with it everything.
-fn end_on_interrupt() -> anyhow::Result<()> {
+/// The first process of a namespace ignores signals that it has no handler for. On the first one `stop` is set; while
+/// it is `None`, everything ends at once.
+fn on_signal(stop: Arc<OnceLock<AtomicBool>>) -> anyhow::Result<()> {
     let mut signals =
         signal_hook::iterator::Signals::new([signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM])
             .context("cannot install a signal handler")?;
     std::thread::spawn(move || {
-        if signals.forever().next().is_some() {
-            eprintln!("\ninterrupted: everything the demo started is being ended");
-            std::process::exit(130);
+        for _ in signals.forever() {
+            match stop.get() {
+                Some(stop) if !stop.swap(true, Ordering::Relaxed) => {}
+                _ => {
+                    eprintln!("\ninterrupted: everything that was started is being ended");
+                    std::process::exit(130);
+                }
+            }
         }
     });
     Ok(())
@@ -112,7 +118,7 @@ fn end_on_interrupt() -> anyhow::Result<()> {
 
 fn demo() -> anyhow::Result<()> {
     enter(Profile::Release)?;
-    end_on_interrupt()?;
+    on_signal(Arc::default())?;
     let artifacts = Artifacts::locate()?;
     let directory = artifacts.out().join("demo");
     let mut progress = Progress::default();
@@ -254,10 +260,8 @@ fn up(test: bool) -> anyhow::Result<()> {
 fn serve(test: bool) -> anyhow::Result<()> {
     let profile = if test { Profile::Test } else { Profile::Release };
     enter(profile)?;
-    let stop = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
-        signal_hook::flag::register(signal, Arc::clone(&stop)).context("cannot install a signal handler")?;
-    }
+    let ready = Arc::new(OnceLock::new());
+    on_signal(Arc::clone(&ready))?;
     let artifacts = Artifacts::locate()?;
     let standing = Standing::locate()?;
     let mut progress = Progress::default();
@@ -265,6 +269,7 @@ fn serve(test: bool) -> anyhow::Result<()> {
     let mut machine = lab.boot_host(&artifacts, profile, 0)?;
     progress.step("boot the host until it is Ready", || lab.wait_ready(&mut machine, 0))?;
     std::fs::write(standing.ready(), how_to_reach(&machine, test))?;
+    let stop = ready.get_or_init(|| AtomicBool::new(false));
     while !stop.load(Ordering::Relaxed) {
         machine.check_alive()?;
         std::thread::sleep(Duration::from_millis(200));
