@@ -57,7 +57,7 @@ fn mount_early() -> Result<()> {
     mount("tmpfs", root, "tmpfs", MountFlags::NOSUID, c"mode=0755,size=64m")
         .during(|| "mount a tmpfs for the root".into())?;
     for name in ["dev", "proc", "sys", "run", "tmp"] {
-        make_directory(&format!("{root}/{name}"))?;
+        make_directory(format!("{root}/{name}"))?;
     }
     mount("dev", "/root/dev", "devtmpfs", MountFlags::NOSUID | MountFlags::NOEXEC, c"mode=0755")
         .during(|| "mount /dev".into())?;
