@@ -230,6 +230,8 @@ impl<'a> EventLoop<'a> {
                 continue;
             }
             if let Some(id) = self.supervisor.by_pid(pid) {
+                // Its last words come before the news of its end.
+                self.programs.read_outputs(self.machine.console);
                 let how = self.programs.explain(self.machine.sys, id, exit);
                 self.tell(Event::Ended(id, how));
             }
