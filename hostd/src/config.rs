@@ -47,7 +47,7 @@ impl fmt::Display for Origin {
         f.write_str(match self {
             Self::None => "none",
             Self::Url => "URL on the kernel command line",
-            Self::FwCfg => "hypervisor (fw_cfg)",
+            Self::FwCfg => "fw_cfg of the hypervisor",
             Self::Esp => "machine.yaml on the ESP",
             Self::LastGood => "last good config",
         })

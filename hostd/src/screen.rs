@@ -70,6 +70,7 @@ fn services(status: &Status) -> String {
     let each = status.services.iter().map(|service| {
         let restarts = match service.restarts {
             0 => String::new(),
+            1 => " (1 restart)".into(),
             n => format!(" ({n} restarts)"),
         };
         format!("{} {}{restarts}", service.name, service.state)

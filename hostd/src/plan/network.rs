@@ -307,6 +307,8 @@ pub fn link_addresses(desired: &Desired, links: &[Link]) -> Vec<IpAddr> {
     for address in have {
         if let IpAddr::V6(ip) = address.net.addr()
             && !ip.is_unicast_link_local()
+            // fec0::/10, deprecated and private to the site.
+            && ip.segments()[0] & 0xffc0 != 0xfec0
             && !all.contains(&ip.into())
         {
             all.push(ip.into());
@@ -478,7 +480,7 @@ mod tests {
              [192.0.2.10/24], routes: [{to: default, via: 192.0.2.1}]}",
         );
         let mut links = [card(2), card(3)];
-        for net in ["fe80::1/64", "2001:db8:1::3/64"] {
+        for net in ["fe80::1/64", "fec0::1/64", "2001:db8:1::3/64"] {
             links[1].addresses.push(Address { net: net.parse().unwrap(), seconds: Some(60) });
         }
         let found = host_addresses(&desired(&machine, &links, &BTreeMap::new()), &links);
