@@ -427,3 +427,7 @@ fn remove(plan: &mut Plan, actual: &Actual, memory: &Memory) {
 #[cfg(test)]
 #[path = "plan_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "plan_simulation.rs"]
+mod simulation;

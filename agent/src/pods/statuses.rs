@@ -92,10 +92,13 @@ impl Statuses {
             not_before: Timestamp::UNIX_EPOCH,
         });
         entry.finished |= finished;
+        let first = entry.version == 0 && entry.posted == 0;
         let changed = entry.pod.status.as_ref() != Some(&status);
         if changed || entry.pod.metadata.resource_version != pod.metadata.resource_version {
             entry.pod = Arc::new(Pod { status: Some(status), ..Pod::clone(pod) });
             entry.version += u64::from(changed);
+        } else if !first && !finished {
+            return;
         }
         let all: Vec<_> = state.entries.values().map(|e| e.pod.clone()).collect();
         drop(state);
