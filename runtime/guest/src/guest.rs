@@ -309,7 +309,7 @@ impl Guest {
         let pod = self.pod()?;
         let connection = self.dial(stream)?;
         connection.set_read_timeout(Some(TREE_SILENCE)).during(|| "set a deadline for the tree".into())?;
-        let mut archive = std::io::BufReader::with_capacity(64 * 1024, connection);
+        let mut archive = std::io::BufReader::with_capacity(64 * 1024, Patient(connection));
         pod.volumes.publish(tree, &mut archive)?;
         // To the end, so that the sender is not cut off. What follows the archive is padding.
         std::io::copy(&mut archive.take(1 << 20), &mut std::io::sink())
@@ -330,6 +330,20 @@ impl Guest {
             Ok(_) => Reply::Done,
             Err(_) => power::reset(machine),
         }
+    }
+}
+
+/// Says what it means when a read runs into the connection's deadline.
+struct Patient(Connection);
+
+impl std::io::Read for Patient {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        self.0.read(buffer).map_err(|error| match error.kind() {
+            std::io::ErrorKind::WouldBlock => {
+                std::io::Error::other(format!("the runtime sent nothing for {} s", TREE_SILENCE.as_secs()))
+            }
+            _ => error,
+        })
     }
 }
 
