@@ -69,7 +69,9 @@ fn a_host_with_dhcp_and_time_gets_ready_and_renews() {
     let mut hostd = lab.hostd(&[]);
     let mut buffer = [0; 4096];
     loop {
-        let Ok(length) = notify.recv(&mut buffer) else { panic!("READY=1 not within 20 s\n{}", lab.read("hostd.log")) };
+        let Ok(length) = notify.recv(&mut buffer) else {
+            panic!("READY=1 not within 20 s\n{}", lab.read("hostd.log"))
+        };
         if buffer[..length].starts_with(b"READY=1\nSTATUS=1 address, clock synchronised") {
             break;
         }
@@ -96,6 +98,14 @@ fn a_host_with_dhcp_and_time_gets_ready_and_renews() {
     );
     lab.expect("atoll:   address   ", 10);
     wait_for("a renewal", 20, || (lab.read("dnsmasq.log").matches("DHCPACK").count() >= 2).then_some(()));
+    for (path, text) in [("/healthz", "200 OK"), ("/metrics", "atoll_clock_synchronised 1\n"), ("/x", "404")]
+    {
+        let mut stream = std::os::unix::net::UnixStream::connect(lab.path("run/hostd/metrics.sock")).unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(answer.contains(text), "{answer}");
+    }
     let status = r#"{"join":"joined","node_ready":true,"pods_running":0,"last_error":null}"#;
     std::fs::write(lab.path("run/agent/status.json"), status).unwrap();
     lab.expect("atoll: node atoll-01234567 joined and Ready\n", 10);
@@ -182,13 +192,13 @@ fn a_url_that_does_not_answer_falls_back_to_the_last_good_config() {
     std::fs::write(lab.path("state/machine/machine.yaml"), machine("hostname: kept\n")).unwrap();
     std::fs::write(lab.path("cmdline"), "atoll.config=http://10.9.0.1/machine.yaml\n").unwrap();
     std::fs::write(lab.path("esp/machine.yaml"), machine("hostname: from-esp\n")).unwrap();
-    let _hostd = lab.hostd(&["--network-deadline", "4"]);
+    let _hostd = lab.hostd(&["--network-deadline", "12"]);
     wait_for("the resolver's file", 20, || {
         lab.read("run/net/resolv.conf").contains("nameserver").then_some(())
     });
     assert!(!lab.path("run/agent/config.json").exists(), "the URL may be a name: the resolver comes first");
     lab.expect("cannot fetch http://10.9.0.1/machine.yaml: cannot connect", 20);
-    lab.expect("the last good config is used instead", 10);
+    lab.expect("the last good config is used instead", 20);
     wait_for("the agent's config", 10, || lab.path("run/agent/config.json").exists().then_some(()));
     assert_eq!(lab.agent_config().node_name, "kept");
 }
@@ -212,4 +222,29 @@ fn a_cable_that_is_moved_to_another_network_gets_an_address_there() {
     wait_for("dnsmasq", 10, || lab.read("dnsmasq.log").contains("IP range 10.77.0.50").then_some(()));
     lab.outside(&["ip", "link", "set", "srv0", "up"]);
     wait_for("an address in the other network", 20, || address(&lab, "inet 10.77.0."));
+}
+
+#[test]
+fn a_dry_run_prints_the_steps_and_does_none() {
+    let lab = Lab::new();
+    std::fs::write(lab.path("esp/machine.yaml"), machine("hostnme: a\n")).unwrap();
+    let at = |name: &str| lab.path(name).display().to_string();
+    let printed = lab.host(&[
+        env!("CARGO_BIN_EXE_atoll-hostd"),
+        "--dry-run",
+        "--storage=directories",
+        "--esp",
+        &at("esp"),
+        "--state",
+        &at("state"),
+        "--data",
+        &at("data"),
+        "--sys",
+        &at("sys"),
+    ]);
+    assert!(printed.contains(&format!("  directory {} mode 0750 owner 800\n", at("data/pods"))), "{printed}");
+    assert!(printed.contains("  !   hostnme: unknown field: did you mean 'hostname'?\n"), "{printed}");
+    assert!(printed.contains("  eth0: switch on\n"), "{printed}");
+    assert!(!lab.path("data/pods").exists());
+    assert!(!lab.host(&["ip", "link", "show", "eth0"]).contains("state UP"));
 }
