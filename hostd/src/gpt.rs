@@ -234,6 +234,12 @@ mod tests {
     }
 
     #[test]
+    fn ids_are_written_as_the_firmware_writes_them() {
+        let system_partition = [40, 115, 42, 193, 31, 248, 210, 17, 186, 75, 0, 160, 201, 62, 201, 59];
+        assert_eq!(uuid_text(&system_partition), "c12a7328-f81f-11d2-ba4b-00a0c93ec93b");
+    }
+
+    #[test]
     fn only_the_last_partition_grows_and_only_when_there_is_room() {
         let table = Table::parse(&disk(100_000, &[(2048, 4095, "ESP"), (4096, 8191, "DATA")]), 512).unwrap();
         assert_eq!(table.grow(1, 100_000 * 512), Err(GptError::NotLast(1)));

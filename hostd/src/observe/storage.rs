@@ -76,9 +76,7 @@ fn disks(from: &Sources) -> Result<Vec<Disk>> {
     let mut disks: Vec<Disk> = disks.into_values().collect();
     for disk in &mut disks {
         disk.partitions.sort_by_key(|p| p.number);
-        if disk.partitions.iter().any(|p| p.label == "STATE") {
-            look_inside(disk);
-        }
+        look_inside(disk);
     }
     Ok(disks)
 }
@@ -106,8 +104,9 @@ fn partition(from: &Sources, directory: &Path, name: &str, uevent: &BTreeMap<Str
 
 /// Reads the beginning of our partitions, and the partition table for ids that the kernel does not tell.
 fn look_inside(disk: &mut Disk) {
+    let ours = disk.partitions.iter().any(|p| p.label == "STATE");
     for partition in &mut disk.partitions {
-        if matches!(partition.label.as_str(), "ESP" | "STATE" | "DATA") {
+        if ours && matches!(partition.label.as_str(), "ESP" | "STATE" | "DATA") {
             partition.content = match beginning(&partition.device, 128 * 1024) {
                 Ok(bytes) => content(&bytes),
                 Err(error) => Content::Unreadable(error.to_string()),

@@ -219,6 +219,11 @@ pub fn plan(observed: &Observed, targets: &Targets) -> Result<Plan, String> {
             plan.persistent = true;
             plan_disk(disk, observed, targets, &mut plan)?;
         }
+        None if lacks_boot_disk(observed) => {
+            return Err("the disk that the firmware booted from is not there, or its partition table is not readable: \
+                        check its cable and controller, or flash it again"
+                .into());
+        }
         None => {
             for (target, percent) in [(&targets.state, 5), (&targets.data, 50)] {
                 if !observed.mounted.contains(target) {
@@ -234,6 +239,13 @@ pub fn plan(observed: &Observed, targets: &Targets) -> Result<Plan, String> {
     }
     directories(targets, &mut plan);
     Ok(plan)
+}
+
+/// Whether the firmware booted from a partition that the kernel does not see. A host that has a disk must not become
+/// another one that runs from memory because the disk is late or damaged.
+fn lacks_boot_disk(observed: &Observed) -> bool {
+    let mut partitions = observed.disks.iter().flat_map(|d| &d.partitions);
+    observed.boot_partition.as_ref().is_some_and(|uuid| !partitions.any(|p| p.uuid.as_ref() == Some(uuid)))
 }
 
 fn plan_disk(disk: &Disk, observed: &Observed, targets: &Targets, plan: &mut Plan) -> Result<(), String> {
@@ -451,6 +463,13 @@ mod tests {
         let found = plan(&Observed::default(), &targets()).unwrap();
         assert!(!found.persistent && found.notes[0].contains("nothing is kept"));
         assert_eq!(found.steps[0].to_string(), "use up to 5 % of memory at /state");
+        let booted = Observed { boot_partition: Some("gone".into()), ..Observed::default() };
+        assert!(plan(&booted, &targets()).unwrap_err().contains("is not there"), "it booted from a disk");
+        let mut stick = disk("sda", [Content::Blank, Content::Blank]);
+        stick.partitions.truncate(1);
+        let live =
+            Observed { boot_partition: Some("sda-1".into()), disks: vec![stick], ..Observed::default() };
+        assert!(!plan(&live, &targets()).unwrap().persistent, "a medium without STATE");
     }
 
     proptest! {
