@@ -292,6 +292,7 @@ func apiserverArgs(l layout, s settings) []string {
 		"--proxy-client-cert-file=" + l.pki("front-proxy-client.crt"),
 		"--proxy-client-key-file=" + l.pki("front-proxy-client.key"),
 		"--allow-privileged=true",
+		"--shutdown-watch-termination-grace-period=2s", // without it a stop waits for every watch of every node
 		"--profiling=false",
 	}
 }

@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 
 /// Longest one request may take, from the connection to the end of the answer.
 const REQUEST: Duration = Duration::from_secs(20);
@@ -128,49 +129,58 @@ async fn exchange(
     config: ClientConfig,
     request: http::Result<http::Request<Full<Bytes>>>,
 ) -> Result<Answer> {
-    let unreachable = |source: Box<dyn std::error::Error + Send + Sync>| JoinError::Unreachable {
-        server: server.clone(),
-        source,
-    };
     let talk = async {
-        let request = request.map_err(|error| unreachable(error.into()))?;
-        let stream = TcpStream::connect((server.host.as_str(), server.port))
-            .await
-            .map_err(|error| unreachable(error.into()))?;
-        let name = ServerName::try_from(server.host.clone()).map_err(|error| unreachable(error.into()))?;
-        let tls = TlsConnector::from(Arc::new(config)).connect(name, stream).await.map_err(|error| {
-            let from_tls = error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>());
-            if from_tls {
-                JoinError::Certificate { server: server.clone(), source: error }
-            } else {
-                unreachable(error.into())
-            }
-        })?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(tls))
-            .await
-            .map_err(|error| unreachable(error.into()))?;
-        let send = async {
-            let response = sender.send_request(request).await.map_err(|error| unreachable(error.into()))?;
-            let status = response.status();
-            let body = Limited::new(response.into_body(), ANSWER).collect().await.map_err(&unreachable)?;
-            Ok(Answer { status, body: body.to_bytes() })
-        };
-        tokio::pin!(connection, send);
-        // The connection ends by itself only when the peer closes it; `send` then has its answer or its error.
-        loop {
-            tokio::select! {
-                biased;
-                answer = &mut send => return answer,
-                ended = &mut connection => match ended {
-                    Ok(()) => return send.await,
-                    Err(error) => return Err(unreachable(error.into())),
-                },
-            }
-        }
+        let request = request.map_err(|error| unreachable(server, error.into()))?;
+        let tls = connect(server, config).await?;
+        converse(tls, request).await.map_err(|source| unreachable(server, source))
     };
     match tokio::time::timeout(REQUEST, talk).await {
         Ok(answer) => answer,
-        Err(elapsed) => Err(unreachable(elapsed.into())),
+        Err(elapsed) => Err(unreachable(server, elapsed.into())),
+    }
+}
+
+type Cause = Box<dyn std::error::Error + Send + Sync>;
+
+fn unreachable(server: &Server, source: Cause) -> JoinError {
+    JoinError::Unreachable { server: server.clone(), source }
+}
+
+async fn connect(server: &Server, config: ClientConfig) -> Result<TlsStream<TcpStream>> {
+    let name =
+        ServerName::try_from(server.host.clone()).map_err(|error| unreachable(server, error.into()))?;
+    let stream = TcpStream::connect((server.host.as_str(), server.port))
+        .await
+        .map_err(|error| unreachable(server, error.into()))?;
+    TlsConnector::from(Arc::new(config)).connect(name, stream).await.map_err(|source| {
+        if source.get_ref().is_some_and(|inner| inner.is::<rustls::Error>()) {
+            JoinError::Certificate { server: server.clone(), source }
+        } else {
+            unreachable(server, source.into())
+        }
+    })
+}
+
+/// One request and its answer; the connection is closed after it.
+async fn converse(
+    tls: TlsStream<TcpStream>,
+    request: http::Request<Full<Bytes>>,
+) -> std::result::Result<Answer, Cause> {
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(tls)).await?;
+    let send = async {
+        let response = sender.send_request(request).await?;
+        let status = response.status();
+        let body = Limited::new(response.into_body(), ANSWER).collect().await?;
+        Ok(Answer { status, body: body.to_bytes() })
+    };
+    tokio::pin!(send);
+    // Cancel-safe: `send` is pinned outside and goes on; the connection is not needed any more once it is over.
+    tokio::select! {
+        answer = &mut send => answer,
+        ended = connection => {
+            ended?;
+            send.await
+        }
     }
 }
 

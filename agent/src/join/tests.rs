@@ -31,6 +31,7 @@ use tokio_rustls::TlsAcceptor;
 const TOKEN: &str = "abcdef.0123456789abcdef";
 
 type Ca = CertifiedIssuer<'static, KeyPair>;
+type Seen = Arc<Mutex<Vec<(String, Option<String>)>>>;
 
 fn ca() -> Arc<Ca> {
     let mut parameters = CertificateParams::new(Vec::new()).unwrap();
@@ -57,7 +58,7 @@ struct Script {
 struct Fake {
     server: Server,
     /// `METHOD path` and the authorization of every request.
-    seen: Arc<Mutex<Vec<(String, Option<String>)>>>,
+    seen: Seen,
     /// The client certificate of every connection that had one, in order.
     peers: Arc<Mutex<Vec<CertificateDer<'static>>>>,
 }
@@ -131,7 +132,7 @@ struct State {
     script: Script,
     reads: AtomicUsize,
     object: Mutex<Option<CertificateSigningRequest>>,
-    seen: Arc<Mutex<Vec<(String, Option<String>)>>>,
+    seen: Seen,
 }
 
 impl State {

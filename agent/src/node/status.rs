@@ -58,7 +58,7 @@ fn allocatable(c: &Capacity) -> BTreeMap<String, Quantity> {
 }
 
 fn resources(cpu_millis: u64, memory: u64, storage: u64, pods: u32) -> BTreeMap<String, Quantity> {
-    let cpu = if cpu_millis % 1000 == 0 { (cpu_millis / 1000).to_string() } else { format!("{cpu_millis}m") };
+    let cpu = if cpu_millis.is_multiple_of(1000) { (cpu_millis / 1000).to_string() } else { format!("{cpu_millis}m") };
     [
         ("cpu", cpu),
         ("memory", format!("{}Ki", memory >> 10)),
