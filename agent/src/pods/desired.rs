@@ -70,6 +70,8 @@ pub enum Role {
     Sidecar,
     /// An ordinary container.
     Main,
+    /// Added to a running pod to look at it; runs once and counts for nothing.
+    Ephemeral,
 }
 
 /// When an image is pulled.
@@ -172,7 +174,11 @@ pub struct Container {
 impl Container {
     /// Its place in the pod, for events.
     pub fn field(&self) -> String {
-        let list = if self.role == Role::Main { "containers" } else { "initContainers" };
+        let list = match self.role {
+            Role::Init | Role::Sidecar => "initContainers",
+            Role::Main => "containers",
+            Role::Ephemeral => "ephemeralContainers",
+        };
         format!("spec.{list}{{{}}}", self.name)
     }
 
@@ -200,7 +206,7 @@ pub struct Desired {
     pub key: PodKey,
     /// The API server's copy.
     pub pod: Arc<api::Pod>,
-    /// Init containers in order, then the others in order.
+    /// Init containers, ordinary ones, ephemeral ones, each kind in order.
     pub containers: Vec<Container>,
     /// Time its containers get to end.
     pub grace: Duration,
@@ -220,10 +226,15 @@ impl Desired {
         let policy = Restart::parse(spec.restart_policy.as_deref()).unwrap_or(Restart::Always);
         let mut containers = Vec::new();
         for container in spec.init_containers.iter().flatten() {
-            containers.push(read_container(container, true, policy)?);
+            let sidecar = container.restart_policy.as_deref() == Some("Always");
+            let role = if sidecar { Role::Sidecar } else { Role::Init };
+            containers.push(read_container(container, role, policy)?);
         }
         for container in &spec.containers {
-            containers.push(read_container(container, false, policy)?);
+            containers.push(read_container(container, Role::Main, policy)?);
+        }
+        for container in spec.ephemeral_containers.iter().flatten() {
+            containers.push(read_container(&ordinary(container)?, Role::Ephemeral, Restart::Never)?);
         }
         let grace = seconds(spec.termination_grace_period_seconds.unwrap_or(30));
         let deleted = pod.metadata.deletion_timestamp.as_ref().map(|_| {
@@ -256,7 +267,7 @@ impl Desired {
 
     /// Containers that come before the main ones, in order.
     pub fn before_main(&self) -> impl Iterator<Item = &Container> {
-        self.containers.iter().filter(|c| c.role != Role::Main)
+        self.containers.iter().filter(|c| matches!(c.role, Role::Init | Role::Sidecar))
     }
 
     /// The phase the API server has, when it is one that nothing leaves.
@@ -269,13 +280,14 @@ fn seconds(count: i64) -> Duration {
     Duration::from_secs(u64::try_from(count).unwrap_or(0))
 }
 
-fn read_container(spec: &api::Container, init: bool, policy: Restart) -> Result<Container, String> {
+/// An ephemeral container is one of the ordinary kind with some fields forbidden.
+fn ordinary(container: &api::EphemeralContainer) -> Result<api::Container, String> {
+    let wrong = |e: serde_json::Error| format!("ephemeral container {}: {e}", container.name);
+    serde_json::to_value(container).and_then(serde_json::from_value).map_err(wrong)
+}
+
+fn read_container(spec: &api::Container, role: Role, policy: Restart) -> Result<Container, String> {
     let own = Restart::parse(spec.restart_policy.as_deref());
-    let role = match (init, own) {
-        (false, _) => Role::Main,
-        (true, Some(Restart::Always)) => Role::Sidecar,
-        (true, _) => Role::Init,
-    };
     // An init container of an `Always` pod has to succeed once: it is restarted on failure.
     let inherited = if role == Role::Init && policy == Restart::Always { Restart::OnFailure } else { policy };
     let named = |what: &str, error: String| format!("container {}: {what}: {error}", spec.name);

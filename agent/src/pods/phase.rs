@@ -77,6 +77,7 @@ fn count(desired: &Desired, statuses: &[&api::ContainerStatus]) -> Counts {
             }
             (Role::Main, Some(Seen::Waiting)) => counts.waiting += 1,
             (Role::Sidecar | Role::Main, None) => counts.unknown += 1,
+            (Role::Ephemeral, _) => {}
         }
     }
     counts

@@ -213,6 +213,11 @@ pub fn run(desired: &Desired, actual: &Actual, memory: &Memory, now: Timestamp) 
             next.keep_running(container);
         }
     }
+    for container in desired.of_role(Role::Ephemeral) {
+        if actual.current(&container.name).is_none() {
+            next.start(container, 0);
+        }
+    }
     collect_garbage(&mut plan, desired, actual, memory);
     plan
 }

@@ -90,6 +90,18 @@ fn a_crash_waits_for_its_back_off() {
 }
 
 #[test]
+fn an_ephemeral_container_runs_once_and_counts_for_nothing() {
+    let spec = "{containers: [{name: a, image: i}], ephemeralContainers: [{name: e, image: i, targetContainerName: a}]}";
+    let desired = pod(spec);
+    let main = ran("a", 0, State::Running, 0);
+    assert_eq!(step(&desired, &actual(vec![main.clone()])), ["start e 0 in s0"]);
+    assert!(step(&desired, &actual(vec![main, ran("e", 0, State::Exited, 1)])).is_empty());
+    let over = pod(&spec.replace("{containers", "{restartPolicy: Never, containers"));
+    let seen = actual(vec![ran("a", 0, State::Exited, 0), ran("e", 0, State::Running, 0)]);
+    assert_eq!(verdict(&over, &seen), Verdict::Over);
+}
+
+#[test]
 fn restart_policies() {
     for (policy, code, restarts) in [
         ("Always", 0, true),

@@ -63,9 +63,6 @@ fn platform(spec: &api::PodSpec) -> Option<String> {
     if spec.resource_claims.as_ref().is_some_and(|c| !c.is_empty()) {
         return Some("spec.resourceClaims (dynamic resources) are not supported".into());
     }
-    if spec.ephemeral_containers.as_ref().is_some_and(|c| !c.is_empty()) {
-        return Some("ephemeral containers are not supported".into());
-    }
     None
 }
 

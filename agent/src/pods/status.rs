@@ -42,14 +42,19 @@ pub struct Inputs<'a> {
 /// The status.
 pub fn compute(inputs: &Inputs<'_>) -> api::PodStatus {
     let desired = inputs.desired;
-    let of = |init: bool| -> Vec<api::ContainerStatus> {
-        let chosen = desired.containers.iter().filter(|c| (c.role != Role::Main) == init);
+    let of = |roles: &[Role]| -> Vec<api::ContainerStatus> {
+        let chosen = desired.containers.iter().filter(|c| roles.contains(&c.role));
         chosen.map(|c| container_status(inputs, c)).collect()
     };
+    let ephemeral = of(&[Role::Ephemeral]);
     // A pod that was never let in has no containers to speak of.
     let refused =
         inputs.failed.is_some() && inputs.actual.containers.is_empty() && inputs.actual.sandboxes.is_empty();
-    let (init, main) = if refused { (Vec::new(), Vec::new()) } else { (of(true), of(false)) };
+    let (init, main) = if refused {
+        (Vec::new(), Vec::new())
+    } else {
+        (of(&[Role::Init, Role::Sidecar]), of(&[Role::Main]))
+    };
     let all: Vec<&api::ContainerStatus> = init.iter().chain(&main).collect();
     let initialised = main.iter().any(|s| {
         let state = s.state.as_ref();
@@ -77,6 +82,7 @@ pub fn compute(inputs: &Inputs<'_>) -> api::PodStatus {
         pod_ip: ips.first().cloned(),
         pod_ips: (!ips.is_empty()).then(|| ips.into_iter().map(|ip| api::PodIP { ip }).collect()),
         container_statuses: (!main.is_empty()).then_some(main),
+        ephemeral_container_statuses: (!ephemeral.is_empty()).then_some(ephemeral),
         init_container_statuses: (!init.is_empty()).then_some(init),
         phase: Some(phase),
         reason,
@@ -149,6 +155,7 @@ fn container_status(inputs: &Inputs<'_>, container: &Container) -> api::Containe
     let ready = match container.role {
         Role::Init => state.terminated.as_ref().is_some_and(|t| t.exit_code == 0),
         Role::Sidecar | Role::Main => started && probed.ready,
+        Role::Ephemeral => false,
     };
     api::ContainerStatus {
         name: container.name.clone(),
@@ -244,8 +251,8 @@ fn forgotten_last_state(
 
 /// A container's entry in a status.
 pub fn old_status<'a>(old: &'a api::PodStatus, name: &str) -> Option<&'a api::ContainerStatus> {
-    let all = old.container_statuses.iter().chain(&old.init_container_statuses).flatten();
-    all.into_iter().find(|s| s.name == name)
+    let lists = [&old.container_statuses, &old.init_container_statuses, &old.ephemeral_container_statuses];
+    lists.into_iter().flatten().flatten().find(|s| s.name == name)
 }
 
 /// Adds to what the runtime has those runs that only the old status knows, as ended: a container that was running

@@ -231,7 +231,15 @@ fn is_other_uid(message: &str) -> bool {
 fn patch_body(uid: &str, status: Option<&PodStatus>) -> Value {
     let mut body = serde_json::to_value(status).unwrap_or_default();
     if let Some(fields) = body.as_object_mut() {
-        for absent in ["reason", "message", "containerStatuses", "initContainerStatuses", "podIP", "podIPs"] {
+        for absent in [
+            "reason",
+            "message",
+            "containerStatuses",
+            "initContainerStatuses",
+            "ephemeralContainerStatuses",
+            "podIP",
+            "podIPs",
+        ] {
             fields.entry(absent).or_insert(Value::Null);
         }
         for list in ["podIPs", "hostIPs"] {
