@@ -46,6 +46,7 @@ fn run(config: Config) -> anyhow::Result<()> {
     if let Err(problems) = config.check() {
         bail!("bad arguments: {}", problems.join("; "));
     }
+    raise_descriptor_limit();
     let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
@@ -59,4 +60,13 @@ fn run(config: Config) -> anyhow::Result<()> {
         app.stop().await;
         Ok(())
     })
+}
+
+/// A pod takes about ten descriptors, a hundred pods more than the usual soft limit.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
 }

@@ -166,8 +166,14 @@ async fn pods_survive_a_restart_of_the_runtime() {
     let made = client.create(&sandbox, "made", &["echo", "after"]).await;
     let ended = client.run(&sandbox, "ended", &["exit", "4"]).await;
     client.ended(&ended).await;
+    let half = client.run(&sandbox, "half", &["sleep"]).await;
 
     fixture.app.take().unwrap().stop().await;
+    // As if the runtime had been killed while it removed this one.
+    let state = fixture.config.sandboxes().join(&sandbox).join("state.json");
+    let mut record: serde_json::Value = serde_json::from_slice(&std::fs::read(&state).unwrap()).unwrap();
+    record["containers"].as_array_mut().unwrap().retain(|c| c["id"] != half);
+    std::fs::write(&state, record.to_string()).unwrap();
     let vmm = fixture.host.taken.lock().unwrap().vmms.remove(&dead).unwrap();
     vmm.end(0);
     fixture.start().await;
@@ -178,6 +184,14 @@ async fn pods_survive_a_restart_of_the_runtime() {
     assert_eq!(client.status(&victim).await.exit_code, 255);
     assert_eq!(client.status(&running).await.state(), ContainerState::ContainerRunning);
     assert_eq!(client.status(&ended).await.exit_code, 4);
+    let gone = async {
+        while fixture.host.containers_of(&sandbox) != 3 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), gone)
+        .await
+        .expect("the half-removed container is still there");
     assert_eq!(client.exec(&running, &["echo", "still there"], 5).await.unwrap().stdout, b"still there\n");
     client.start(&made).await;
     let status = client.ended(&made).await;

@@ -1,5 +1,7 @@
 //! Exec, attach and port forwarding over both protocols, by clients written from the protocols' side.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 mod fake;
 
 use atoll_cri::v1::*;
@@ -17,7 +19,10 @@ use tokio_tungstenite::tungstenite::{Message, protocol::frame::coding::CloseCode
 
 const DEADLINE: Duration = Duration::from_secs(20);
 
-async fn setup(command: &[&str], change: impl FnOnce(&mut ContainerConfig)) -> (Fixture, Client, String, String) {
+async fn setup(
+    command: &[&str],
+    change: impl FnOnce(&mut ContainerConfig),
+) -> (Fixture, Client, String, String) {
     let fixture = Fixture::new().await;
     let mut client = fixture.client().await;
     let sandbox = client.sandbox("stream").await;
@@ -72,7 +77,10 @@ impl Spdy {
         if !answer.starts_with("HTTP/1.1 101") {
             return Err(answer);
         }
-        assert!(answer.to_lowercase().contains(&format!("x-stream-protocol-version: {protocol}")), "{answer}");
+        assert!(
+            answer.to_lowercase().contains(&format!("x-stream-protocol-version: {protocol}")),
+            "{answer}"
+        );
         let (from, writer) = stream.into_split();
         Ok(Self { reader: Reader::new(from), writer, encoder: Encoder::default(), next: 1 })
     }
@@ -128,7 +136,10 @@ async fn exec_over_spdy() {
     spdy.send(Frame::Ping(1)).await;
     spdy.data(stdin, "two", true).await;
     let all = spdy.collect(&[error, stdout, stderr]).await;
-    assert_eq!((all[&stdout].as_str(), all[&error].as_str()), ("one two", r#"{"metadata":{},"status":"Success"}"#));
+    assert_eq!(
+        (all[&stdout].as_str(), all[&error].as_str()),
+        ("one two", r#"{"metadata":{},"status":"Success"}"#)
+    );
 
     // The same URL does not work again.
     assert!(Spdy::upgrade(&url, "v4.channel.k8s.io").await.err().unwrap().contains("404"));
@@ -161,10 +172,7 @@ async fn exec_with_a_terminal_over_spdy() {
     assert!(spdy.collect(&[error, stdout]).await[&error].contains("Success"));
 }
 
-async fn websocket(
-    url: &str,
-    protocol: &str,
-) -> tokio_tungstenite::WebSocketStream<TcpStream> {
+async fn websocket(url: &str, protocol: &str) -> tokio_tungstenite::WebSocketStream<TcpStream> {
     let (host, path) = address(url);
     let mut request = format!("ws://{host}{path}").into_client_request().unwrap();
     request.headers_mut().insert("Sec-WebSocket-Protocol", protocol.parse().unwrap());
@@ -200,7 +208,8 @@ async fn exec_over_websocket() {
 #[tokio::test(flavor = "multi_thread")]
 async fn attach_sees_output_and_gives_input() {
     let (_fixture, mut client, _, id) = setup(&["cat"], |config| config.stdin_once = true).await;
-    let request = AttachRequest { container_id: id.clone(), stdin: true, tty: false, stdout: true, stderr: true };
+    let request =
+        AttachRequest { container_id: id.clone(), stdin: true, tty: false, stdout: true, stderr: true };
     let url = client.runtime.attach(request).await.unwrap().into_inner().url;
     let mut spdy = Spdy::upgrade(&url, "v4.channel.k8s.io").await.unwrap();
     let error = spdy.open(&[("streamtype", "error")]).await;

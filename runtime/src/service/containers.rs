@@ -373,6 +373,14 @@ impl Owner {
     /// Compares with what the guest says, after its connection came back.
     pub(super) fn reconciled(&mut self, sandbox: &SandboxId, states: &[ContainerState]) {
         for state in states {
+            // Half made or half removed when the runtime was restarted: nobody will ask for it again.
+            if !self.containers.contains_key(&state.container) {
+                if let Some(vm) = self.sandboxes.get(sandbox).and_then(|s| s.vm.clone()) {
+                    let id = state.container.clone();
+                    self.jobs.spawn(jobs::discard(vm, id));
+                }
+                continue;
+            }
             match state.phase {
                 GuestPhase::Exited { exit } => {
                     self.move_container(&state.container, &ContainerEvent::Started { at_ns: unix_ns() });

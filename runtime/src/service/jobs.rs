@@ -248,6 +248,15 @@ pub(super) async fn remove(vm: Option<Arc<PodVm>>, id: &ContainerId) -> Result<(
     }
 }
 
+/// Removes from a guest what the runtime does not know.
+pub(super) async fn discard(vm: Arc<PodVm>, id: ContainerId) -> Done {
+    tracing::info!(container = %id, "removing a container that a restart left half made or half removed");
+    if let Err(error) = remove(Some(vm), &id).await {
+        tracing::warn!(container = %id, %error, "cannot remove it");
+    }
+    Done::Nothing
+}
+
 /// Changes limits; without a VM only the record changes.
 pub(super) async fn update_limits(
     vm: Option<Arc<PodVm>>,

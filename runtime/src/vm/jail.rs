@@ -19,6 +19,8 @@ use std::time::Duration;
 const VMM_OVERHEAD: u64 = 128 << 20;
 /// Threads beside the virtual processors.
 const VMM_TASKS: u64 = 64;
+/// When the host runs out of memory, a pod goes before any of the host's daemons.
+const VMM_OOM_SCORE: &str = "300";
 /// How long a killed process may take to leave its cgroup.
 const CLEAR_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -72,6 +74,8 @@ pub fn spawn(config: &Config, order: &VmmOrder, listener: &OwnedFd) -> Result<Vm
         own_pids: true,
     };
     let (pid, pidfd) = sys::spawn_detached(&detached).map_err(Error::io("start", &config.vmm))?;
+    // The daemons' protection from the OOM killer is not for pods. Best effort: it only decides who goes first.
+    let _ = fs::write(format!("/proc/{pid}/oom_score_adj"), VMM_OOM_SCORE);
     VmmProcess::watch(pid, pidfd)
 }
 

@@ -7,6 +7,7 @@ use atoll_spec::ids::ContainerId;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Mutex};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -89,6 +90,7 @@ impl Guest {
                 let container =
                     Container { phase: ContainerPhase::Created, signal: watch::Sender::new(0), spec: *spec };
                 self.state.lock().unwrap().containers.insert(container.spec.container.clone(), container);
+                self.vmm.containers.fetch_add(1, SeqCst);
                 Ok(Reply::Done)
             }
             Call::StartContainer { container } => self.start(container).await,
@@ -98,6 +100,7 @@ impl Guest {
             }),
             Call::RemoveContainer { container } => {
                 let removed = self.state.lock().unwrap().containers.remove(&container);
+                self.vmm.containers.fetch_sub(usize::from(removed.is_some()), SeqCst);
                 removed.map(|_| Reply::Done).ok_or_else(|| error(GuestErrorKind::NotFound))
             }
             Call::OpenStdio { container, stream } => {

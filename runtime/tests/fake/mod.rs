@@ -42,6 +42,8 @@ pub struct Taken {
 #[derive(Clone)]
 pub struct FakeVmm {
     pub cid: GuestCid,
+    /// How many containers the guest has.
+    pub containers: Arc<std::sync::atomic::AtomicUsize>,
     exit: Arc<watch::Sender<Option<i32>>>,
 }
 
@@ -101,6 +103,10 @@ impl FakeHost {
         self.taken.lock().unwrap().vmms[sandbox].clone()
     }
 
+    pub fn containers_of(&self, sandbox: &str) -> usize {
+        self.vmm(sandbox).containers.load(std::sync::atomic::Ordering::SeqCst)
+    }
+
     pub fn is_clean(&self) -> bool {
         let taken = self.taken.lock().unwrap();
         taken.ports.is_empty() && taken.cgroups.is_empty() && taken.vmms.is_empty()
@@ -146,7 +152,8 @@ impl Host for FakeHost {
     }
 
     fn spawn_vmm(&self, order: &VmmOrder, listener: &OwnedFd) -> Result<VmmProcess> {
-        let vmm = FakeVmm { cid: order.cid, exit: Arc::new(watch::Sender::new(None)) };
+        let vmm =
+            FakeVmm { cid: order.cid, containers: Arc::default(), exit: Arc::new(watch::Sender::new(None)) };
         let mut taken = self.taken.lock().unwrap();
         taken.cgroups.insert(order.sandbox.to_string());
         taken.vmms.insert(order.sandbox.to_string(), vmm.clone());
