@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 )
 
 func main() {
@@ -19,6 +20,8 @@ func main() {
 		os.Args = name.args(os.Args)
 		os.Exit(name.run())
 	}
+	// Upstream's packages register flags of their own there, which are not this command's.
+	pflag.CommandLine = pflag.NewFlagSet(os.Args[0], pflag.ContinueOnError)
 	command := rootCommand()
 	if err := command.Execute(); err != nil {
 		var status exitStatus
@@ -86,7 +89,8 @@ Look at the cluster:
 	root.AddCommand(upCommand(), tokenCommand(), kubeconfigCommand(), approverCommand(), versionCommand())
 	for _, name := range componentNames() {
 		c := components[name]
-		root.AddCommand(&cobra.Command{Use: name, Short: c.short, DisableFlagParsing: true})
+		// For --help alone: main never lets a component's command line come here.
+		root.AddCommand(&cobra.Command{Use: name, Short: c.short, DisableFlagParsing: true, Run: func(*cobra.Command, []string) {}})
 	}
 	root.CompletionOptions.HiddenDefaultCmd = true
 	return root
