@@ -158,15 +158,23 @@ impl Images {
         for auth in tries {
             match self.cri.pull(name, auth, sandbox.clone()).await {
                 Ok(reference) => {
-                    let found = self.cri.image(&reference).await.map_err(|e| e.to_string())?;
-                    let image =
-                        found.ok_or_else(|| format!("image {name} was removed while it was pulled"))?;
+                    let image = self.pulled(&reference, name).await?;
                     return Ok((image, started.elapsed()));
                 }
                 Err(error) => last = error.status.message().to_owned(),
             }
         }
         Err(last)
+    }
+
+    /// What was pulled, by the runtime's own reference or by its name.
+    async fn pulled(&self, reference: &str, name: &str) -> Result<v1::Image, String> {
+        for by in [reference, name] {
+            if let Some(image) = self.cri.image(by).await.map_err(|e| e.to_string())? {
+                return Ok(image);
+            }
+        }
+        Err(format!("image {name} was removed while it was pulled"))
     }
 
     fn backing_off(&self, key: &str) -> Option<(Timestamp, String)> {

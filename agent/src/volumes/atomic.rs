@@ -73,10 +73,13 @@ fn write_file(target: &Path, file: &File, group: Option<u32>) -> Result<(), Fail
         fs::DirBuilder::new().recursive(true).mode(0o755).create(parent).map_err(at(parent))?;
     }
     fs::write(&path, &file.data).map_err(at(&path))?;
-    // The group reads what it owns.
-    let mode = file.mode | group.map_or(0, |_| 0o440);
+    // The group reads what it owns. Without the right to give files away there is no such owner; every process of
+    // the pod has the group, so that letting others read lets in nobody else.
+    let may_give = rustix::process::geteuid().is_root();
+    let readers = if may_give { 0o440 } else { 0o444 };
+    let mode = file.mode | group.map_or(0, |_| readers);
     fs::set_permissions(&path, fs::Permissions::from_mode(mode)).map_err(at(&path))?;
-    if let Some(group) = group.filter(|_| rustix::process::geteuid().is_root()) {
+    if let Some(group) = group.filter(|_| may_give) {
         std::os::unix::fs::chown(&path, None, Some(group)).map_err(at(&path))?;
     }
     Ok(())
