@@ -41,13 +41,15 @@ pub async fn unpack(
     programs.extend(options.helper_paths.iter().cloned());
     let job = Job {
         mkfs_erofs: options.mkfs_erofs.clone(),
-        work: work.path().to_owned(),
+        // Its working directory: the store is root's alone, so the helper could not walk to it by a whole path.
+        work: ".".into(),
         diff_id: diff_id.clone(),
         uid: options.helper_uid,
         programs,
     };
     let mut child = Command::new(&options.helper)
         .args(job.arguments())
+        .current_dir(work.path())
         .env_clear()
         .stdin(input)
         .stdout(Stdio::null())
@@ -75,8 +77,10 @@ pub async fn unpack(
     // Waited for: its number may be another's from now on.
     group.forget();
     if !status.success() {
-        let last = words.lines().rev().find(|line| !line.trim().is_empty());
-        return Err(failed(last.map_or_else(|| format!("the helper ended with {status}"), str::to_owned)));
+        // What mkfs.erofs said comes before what the helper made of it.
+        let lines: Vec<&str> = words.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        let last = lines[lines.len().saturating_sub(3)..].join("; ");
+        return Err(failed(if last.is_empty() { format!("the helper ended with {status}") } else { last }));
     }
     words.lines().for_each(|line| tracing::warn!("unpacking {diff_id}: {line}"));
     let path = work.path().join(OUTPUT);

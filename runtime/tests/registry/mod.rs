@@ -288,11 +288,14 @@ fn copy_program(program: &Path, root: &Path, directory: &Path) -> Option<PathBuf
 pub fn options(directory: &Path) -> Option<StoreOptions> {
     std::fs::set_permissions(directory, std::os::unix::fs::PermissionsExt::from_mode(0o711)).unwrap();
     let mkfs_erofs = mkfs_erofs(directory)?;
+    // As on a host, where the store is root's alone: the helper's user cannot walk to it.
+    let closed = directory.join("closed");
+    std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o700).create(&closed).unwrap();
     Some(StoreOptions {
         registries: directory.join("registries.json"),
         mkfs_erofs,
         helper: env!("CARGO_BIN_EXE_atoll-runtime").into(),
         helper_uid: rustix::process::geteuid().is_root().then_some(65534),
-        ..StoreOptions::new(directory.join("store"))
+        ..StoreOptions::new(closed.join("store"))
     })
 }
