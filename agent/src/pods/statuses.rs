@@ -36,9 +36,21 @@ struct Entry {
     under_way: bool,
     wait: Duration,
     not_before: Timestamp,
+    /// Version of the object that holds our newest status.
+    accepted: Option<u64>,
 }
 
 impl Entry {
+    /// Whether somebody else wrote over what is ours: a controller that thought the node was away marks its pods
+    /// as not ready, and nobody but the node takes that back.
+    fn overwritten(&self, pod: &Pod, status: &PodStatus) -> bool {
+        let newer = object_version(pod).zip(self.accepted).is_some_and(|(seen, ours)| seen > ours);
+        let theirs = pod.status.as_ref();
+        self.posted == self.version
+            && newer
+            && theirs.is_some_and(|theirs| essence(theirs) != essence(status))
+    }
+
     fn due(&self, now: Timestamp) -> bool {
         let work = self.version > self.posted || (self.finished && !self.deleted);
         work && !self.under_way && self.not_before <= now
@@ -60,7 +72,8 @@ pub struct Statuses {
 }
 
 enum Posted {
-    Accepted,
+    /// The object's version since then.
+    Accepted(Option<u64>),
     Deleted,
     /// The pod, or this uid of it, is not there any more.
     Gone,
@@ -90,10 +103,11 @@ impl Statuses {
             under_way: false,
             wait: FIRST_WAIT,
             not_before: Timestamp::UNIX_EPOCH,
+            accepted: object_version(pod),
         });
         entry.finished |= finished;
         let first = entry.version == 0 && entry.posted == 0;
-        let changed = entry.pod.status.as_ref() != Some(&status);
+        let changed = entry.pod.status.as_ref() != Some(&status) || entry.overwritten(pod, &status);
         if changed || entry.pod.metadata.resource_version != pod.metadata.resource_version {
             entry.pod = Arc::new(Pod { status: Some(status), ..Pod::clone(pod) });
             entry.version += u64::from(changed);
@@ -176,11 +190,14 @@ impl Statuses {
         let Some(entry) = state.entries.get_mut(uid) else { return };
         entry.under_way = false;
         match posted {
-            Posted::Accepted | Posted::Deleted | Posted::Gone => {
+            Posted::Accepted(_) | Posted::Deleted | Posted::Gone => {
                 entry.posted = version;
                 entry.wait = FIRST_WAIT;
                 entry.not_before = Timestamp::UNIX_EPOCH;
-                entry.deleted |= !matches!(posted, Posted::Accepted);
+                match posted {
+                    Posted::Accepted(version) => entry.accepted = version.or(entry.accepted),
+                    _ => entry.deleted = true,
+                }
             }
             Posted::Failed(why) => {
                 tracing::warn!(pod = %entry.key, why, "cannot write the pod's status; trying again");
@@ -193,10 +210,11 @@ impl Statuses {
 
 async fn post(client: kube::Client, key: &PodKey, pod: &Pod, patch: bool, delete: bool) -> Posted {
     let api: Api<Pod> = Api::namespaced(client, &key.namespace);
+    let mut accepted = None;
     if patch {
         let body = patch_body(&key.uid, pod.status.as_ref());
         match api.patch_status(&key.name, &PatchParams::default(), &Patch::Strategic(body)).await {
-            Ok(_) => {}
+            Ok(patched) => accepted = object_version(&patched),
             Err(kube::Error::Api(status)) if matches!(status.code, 404) || is_other_uid(&status.message) => {
                 return Posted::Gone;
             }
@@ -204,7 +222,7 @@ async fn post(client: kube::Client, key: &PodKey, pod: &Pod, patch: bool, delete
         }
     }
     if !delete {
-        return Posted::Accepted;
+        return Posted::Accepted(accepted);
     }
     let preconditions = Preconditions { uid: Some(key.uid.clone()), resource_version: None };
     let params = DeleteParams {
@@ -218,6 +236,18 @@ async fn post(client: kube::Client, key: &PodKey, pod: &Pod, patch: bool, delete
         Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Posted::Gone,
         Err(error) => Posted::Failed(crate::volumes::objects::short(&error)),
     }
+}
+
+fn object_version(pod: &Pod) -> Option<u64> {
+    pod.metadata.resource_version.as_ref()?.parse().ok()
+}
+
+/// The part of a status that others sometimes write over: phase, and our conditions.
+fn essence(status: &PodStatus) -> (Option<&str>, Vec<(&str, &str)>) {
+    let conditions = status.conditions.iter().flatten().map(|c| (c.type_.as_str(), c.status.as_str()));
+    let mut ours: Vec<_> = conditions.filter(|(name, _)| super::conditions::OWNED.contains(name)).collect();
+    ours.sort_unstable();
+    (status.phase.as_deref(), ours)
 }
 
 fn is_other_uid(message: &str) -> bool {
@@ -265,6 +295,37 @@ fn patch_body(uid: &str, status: Option<&PodStatus>) -> Value {
 mod tests {
     use super::*;
     use k8s_openapi::api::core::v1::{PodCondition, PodIP};
+
+    #[tokio::test]
+    async fn what_others_wrote_over_is_written_again() {
+        let config = kube::Config::new("http://127.0.0.1:9".parse().unwrap());
+        let client = kube::Client::try_from(config).unwrap();
+        let statuses = Statuses::new(client, watch::channel(Vec::new()).0);
+        let ready = |status: &str| PodStatus {
+            conditions: Some(vec![PodCondition {
+                type_: "Ready".into(),
+                status: status.into(),
+                ..Default::default()
+            }]),
+            ..Default::default()
+        };
+        let object = |version: &str, status: &str| {
+            let mut pod = Pod { status: Some(ready(status)), ..Default::default() };
+            pod.metadata.resource_version = Some(version.into());
+            Arc::new(pod)
+        };
+        let key = PodKey { namespace: "ns".into(), name: "p".into(), uid: "u".into() };
+        let version = || statuses.lock().entries["u"].version;
+        statuses.set(&key, &object("5", "False"), ready("True"), false);
+        assert_eq!(version(), 1);
+        statuses.note("u", 1, Posted::Accepted(Some(7)));
+        // An old copy, still on its way, is no news.
+        statuses.set(&key, &object("6", "False"), ready("True"), false);
+        statuses.set(&key, &object("7", "True"), ready("True"), false);
+        assert_eq!(version(), 1);
+        statuses.set(&key, &object("8", "False"), ready("True"), false);
+        assert_eq!(version(), 2);
+    }
 
     #[test]
     fn a_patch_says_what_is_gone_and_leaves_others_alone() {
