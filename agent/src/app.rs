@@ -114,6 +114,7 @@ async fn live(
     let store = Store::open(&options.state)?;
     let identity = obtain(&store, config.clone(), report).await;
     report.step(JoinState::Joined);
+    tracing::info!("node {} of {}", config.borrow().node_name, identity.server);
     let joined = Arc::clone(&config.borrow());
     for (what, path) in [("directory of pods", &options.pods), ("directory of logs", &options.logs)] {
         std::fs::create_dir_all(path).map_err(|source| Error::Write { what, path: path.clone(), source })?;

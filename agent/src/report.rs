@@ -68,11 +68,15 @@ impl Report {
     pub async fn follow(self, shared: Shared) {
         let (mut node, mut pods) = (shared.node.clone(), shared.pods.subscribe());
         loop {
-            let ready = node.borrow_and_update().as_deref().is_some_and(is_ready);
+            let readiness = node.borrow_and_update().as_deref().map(readiness);
             let running = running(&pods.borrow_and_update());
             self.change(|status| {
-                status.node_ready = ready;
+                status.node_ready = matches!(readiness, Some(Ok(())));
                 status.pods_running = running;
+                if status.join == JoinState::Joined {
+                    status.last_error =
+                        readiness.and_then(|is| is.err().map(|why| format!("node is not Ready: {why}")));
+                }
             });
             // Both are cancel-safe: a change that is not seen now is seen at the next look.
             let ended = tokio::select! {
@@ -92,9 +96,14 @@ impl Default for Report {
     }
 }
 
-fn is_ready(node: &Node) -> bool {
+/// Whether the API server has the node as Ready, and why not.
+fn readiness(node: &Node) -> Result<(), String> {
     let conditions = node.status.as_ref().and_then(|status| status.conditions.as_deref()).unwrap_or_default();
-    conditions.iter().any(|condition| condition.type_ == "Ready" && condition.status == "True")
+    match conditions.iter().find(|condition| condition.type_ == "Ready") {
+        Some(ready) if ready.status == "True" => Ok(()),
+        Some(ready) => Err(ready.message.clone().unwrap_or_else(|| "no reason given".into())),
+        None => Err("its status was not posted yet".into()),
+    }
 }
 
 fn running(pods: &[Arc<Pod>]) -> u32 {
@@ -125,6 +134,24 @@ fn replace(path: &Path, status: &AgentStatus) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use k8s_openapi::api::core::v1::{NodeCondition, NodeStatus};
+
+    #[test]
+    fn readiness_says_why_not() {
+        let node = |status: &str| {
+            let ready = NodeCondition {
+                type_: "Ready".into(),
+                status: status.into(),
+                message: Some("no runtime".into()),
+                ..NodeCondition::default()
+            };
+            let status = NodeStatus { conditions: Some(vec![ready]), ..NodeStatus::default() };
+            Node { status: Some(status), ..Node::default() }
+        };
+        assert_eq!(readiness(&node("True")), Ok(()));
+        assert_eq!(readiness(&node("False")), Err("no runtime".into()));
+        assert!(readiness(&Node::default()).is_err());
+    }
 
     #[test]
     fn the_file_has_the_last_state() {
