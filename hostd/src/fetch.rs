@@ -74,15 +74,13 @@ async fn request(uri: &Uri, certificates: &Path, limit: usize) -> Result<Reply, 
         _ => return Err("only http:// and https:// are understood".into()),
     };
     let port = uri.port_u16().unwrap_or(if tls { 443 } else { 80 });
+    let trusted = if tls { Some(trust(certificates)?) } else { None };
     let connection = TcpStream::connect((bare, port)).await;
     let connection = connection.map_err(|error| format!("cannot connect to {host}:{port}: {error}"))?;
-    if !tls {
-        return exchange(connection, uri, &host, limit).await;
-    }
-    let config = trust(certificates)?;
+    let Some(trusted) = trusted else { return exchange(connection, uri, &host, limit).await };
     let name =
         ServerName::try_from(bare.to_owned()).map_err(|_| format!("{host} cannot be a server's name"))?;
-    let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
+    let connector = tokio_rustls::TlsConnector::from(Arc::new(trusted));
     let secured = connector.connect(name, connection).await;
     let secured = secured.map_err(|error| format!("TLS with {host}:{port} failed: {error}"))?;
     exchange(secured, uri, &host, limit).await
@@ -185,5 +183,47 @@ mod tests {
         assert!(follow(&from, "http://a/b").is_err());
         assert!(follow(&from, "https://c/d").is_ok());
         assert!(follow(&from, "/d").is_err());
+    }
+
+    /// One answer over TLS, by a server whose certificate is in the returned PEM file.
+    async fn serve_tls(name: &str, directory: &Path) -> (u16, std::path::PathBuf) {
+        let made = rcgen::generate_simple_self_signed(vec![name.to_owned()]).unwrap();
+        let pem = directory.join(format!("{name}.pem"));
+        std::fs::write(&pem, made.cert.pem()).unwrap();
+        let key = rustls_pki_types::PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![made.cert.der().clone()], key)
+            .unwrap();
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            // A client that does not trust the certificate breaks off here.
+            let Ok(mut stream) = acceptor.accept(stream).await else { return };
+            let _ = stream.read(&mut [0; 1024]).await.unwrap();
+            stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await.unwrap();
+            let _ = stream.shutdown().await;
+        });
+        (port, pem)
+    }
+
+    #[tokio::test]
+    async fn https_needs_a_certificate_that_is_trusted() {
+        let directory = tempfile::tempdir().unwrap();
+        let (port, trusted) = serve_tls("localhost", directory.path()).await;
+        let got = get(&format!("https://localhost:{port}/a"), &trusted, 64).await.unwrap();
+        assert_eq!(got, b"ok");
+        let (_, other) = serve_tls("other", directory.path()).await;
+        let (port, _) = serve_tls("localhost", directory.path()).await;
+        let refused = get(&format!("https://localhost:{port}/a"), &other, 64).await.unwrap_err().to_string();
+        assert!(refused.contains("TLS with localhost") && refused.contains("ertificate"), "{refused}");
+        let missing =
+            get(&format!("https://localhost:{port}/a"), Path::new("/none.pem"), 64).await.unwrap_err();
+        assert!(missing.to_string().contains("/none.pem"), "{missing}");
     }
 }
