@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! cri --socket /run/atoll/runtime/cri.sock smoke IMAGE -- COMMAND…   run, log, exec, statistics, stop, remove
-//! cri … status | pods | ps | images | stats | pull IMAGE | run NAME IMAGE -- COMMAND… | logs ID
+//! cri … status | pods | ps | images | stats | pull IMAGE | cidr CIDR | sandbox NAME
+//! cri … [--stdin yes] run NAME IMAGE -- COMMAND…
 //! cri … exec ID -- COMMAND… | stop ID | rm ID | stopp ID | rmp ID | events
 //! ```
 

@@ -15,6 +15,7 @@ use crate::vm::host::{Host, LinuxHost};
 use crate::vm::jail;
 use crate::vm::launch::Launcher;
 use crate::vm::scratch::Scratch;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -51,7 +52,7 @@ impl App {
     /// Starts the daemon on any host.
     pub async fn start_on(config: Config, host: Arc<dyn Host>) -> Result<Self> {
         for directory in [config.sandboxes(), config.vm_sockets()] {
-            std::fs::create_dir_all(&directory).map_err(Error::io("make", &directory))?;
+            make_private(&directory)?;
         }
         let images = ImageStore::open(store_options(&config)).await?;
         let door = Door::default();
@@ -109,6 +110,13 @@ impl App {
             }
         }
     }
+}
+
+/// A directory for root alone: records hold the environment of containers, which may hold secrets.
+fn make_private(directory: &Path) -> Result<()> {
+    std::fs::create_dir_all(directory).map_err(Error::io("make", directory))?;
+    std::fs::set_permissions(directory, PermissionsExt::from_mode(0o700))
+        .map_err(Error::io("set mode of", directory))
 }
 
 fn store_options(config: &Config) -> StoreOptions {

@@ -6,6 +6,7 @@
 
 use crate::error::{Error, Result};
 use bytes::Bytes;
+use std::os::unix::fs::{MetadataExt, fchown, lchown};
 use std::path::{Path, PathBuf};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::{mpsc, oneshot};
@@ -133,13 +134,32 @@ impl LogWriter {
     }
 }
 
+/// Opens a log. Logs can hold anything, so they are for root and for whoever owns the directory (the agent, which
+/// serves them) alone.
 async fn open(path: &Path) -> Result<tokio::fs::File> {
-    if let Some(parent) = path.parent() {
-        std::fs::create_dir_all(parent).map_err(Error::io("make", parent))?;
+    let existing = path.ancestors().skip(1).find_map(|p| Some((p, std::fs::metadata(p).ok()?)));
+    let (existing, owner) =
+        existing.ok_or_else(|| Error::Invalid(format!("log path {} is not usable", path.display())))?;
+    let is_root = rustix::process::geteuid().is_root();
+    let mut missing: Vec<&Path> = path.ancestors().skip(1).take_while(|p| *p != existing).collect();
+    while let Some(directory) = missing.pop() {
+        match std::fs::create_dir(directory) {
+            Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
+                return Err(Error::io("make", directory)(e));
+            }
+            _ if is_root => lchown(directory, Some(owner.uid()), Some(owner.gid()))
+                .map_err(Error::io("give to its owner", directory))?,
+            _ => {}
+        }
     }
     let mut options = tokio::fs::OpenOptions::new();
-    // Logs can hold anything: readable by root and the owner's group only.
-    options.create(true).append(true).mode(0o640).open(path).await.map_err(Error::io("open log", path))
+    // Not through a link that the directory's owner could have put there.
+    let options = options.create(true).append(true).mode(0o640).custom_flags(libc::O_NOFOLLOW);
+    let file = options.open(path).await.map_err(Error::io("open log", path))?;
+    if is_root {
+        fchown(&file, Some(owner.uid()), Some(owner.gid())).map_err(Error::io("give to its owner", path))?;
+    }
+    Ok(file)
 }
 
 async fn write_all(path: PathBuf, mut file: tokio::fs::File, mut messages: mpsc::Receiver<Message>) {
@@ -262,6 +282,19 @@ mod tests {
         lines.feed(Source::Stdout, &data, "T", &mut log);
         assert!(log.starts_with(b"T stdout F x"));
         assert_eq!(log.iter().filter(|b| **b == b'\n').count(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_log_belongs_to_the_owner_of_its_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let owner =
+            if rustix::process::geteuid().is_root() { 800 } else { rustix::process::geteuid().as_raw() };
+        lchown(dir.path(), Some(owner), None).unwrap();
+        let path = dir.path().join("pod/container/0.log");
+        drop(LogWriter::open(&path).await.unwrap());
+        for path in [path.as_path(), path.parent().unwrap()] {
+            assert_eq!(std::fs::metadata(path).unwrap().uid(), owner);
+        }
     }
 
     #[tokio::test]

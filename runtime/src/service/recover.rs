@@ -195,9 +195,6 @@ impl Owner {
     /// Takes over what a predecessor left. To be called once, before [`Owner::run`].
     pub async fn recover(&mut self) -> Result<()> {
         let root = self.shared.config.sandboxes();
-        for directory in [&root, &self.shared.config.vm_sockets()] {
-            fs::create_dir_all(directory).map_err(Error::io("make", directory))?;
-        }
         let entries = fs::read_dir(&root).map_err(Error::io("read", &root))?;
         for entry in entries {
             let entry = entry.map_err(Error::io("read", &root))?;
@@ -210,7 +207,12 @@ impl Owner {
         }
         let given = self.shared.config.pod_cidr.as_deref().and_then(|c| PodCidr::parse(c).ok());
         if let Some(cidr) = load_cidr(&root).or(given) {
-            self.set_pod_cidr(cidr, None);
+            self.pool.set_cidr(cidr);
+            let ports: Vec<Port> =
+                self.sandboxes.values().filter(|s| s.phase.has_vm()).map(|s| s.port.clone()).collect();
+            // Waited for: the first pod may come as soon as the socket is open.
+            let result = self.shared.launcher.host.install_network(cidr, &ports).await;
+            self.network_installed(result, None);
         }
         Ok(())
     }

@@ -104,7 +104,9 @@ impl Filter {
     /// Forgets it. An element that is not there is no error.
     pub async fn forget(&self, port: &Port) -> Result<()> {
         let element = format!("inet atoll pods {{ \"{}\" . {} }}", port.tap, port.address);
-        self.run(&format!("add element {element}\ndelete element {element}\n")).await
+        // Also where the table is not there (yet), as after a reboot of the host.
+        let set = "add table inet atoll\nadd set inet atoll pods { type ifname . ipv4_addr; }";
+        self.run(&format!("{set}\nadd element {element}\ndelete element {element}\n")).await
     }
 
     async fn run(&self, script: &str) -> Result<()> {
