@@ -61,7 +61,11 @@ pub(super) async fn gather(shared: &Shared, cri: &Cri) -> Facts {
         kernel: line("/proc/sys/kernel/osrelease"),
         os_image: config.os_image.clone(),
         capacity: Some(*shared.capacity),
-        pod_cidr_known: shared.node.borrow().as_ref().is_some_and(|n| n.spec.as_ref().is_some_and(|s| s.pod_cidr.is_some())),
+        pod_cidr_known: shared
+            .node
+            .borrow()
+            .as_ref()
+            .is_some_and(|n| n.spec.as_ref().is_some_and(|s| s.pod_cidr.is_some())),
         memory_available: reported(measure::memory()).map(|(_, available)| available),
         storage: reported(measure::storage(existing(&shared.options.pods))),
         processes: measure::processes(),

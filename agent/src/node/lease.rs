@@ -39,11 +39,13 @@ pub(super) async fn keep(client: kube::Client, name: String, mut node: watch::Re
 
 async fn renew(leases: &Api<Lease>, name: &str, owner: Option<String>) -> Result<()> {
     let now = MicroTime(jiff::Timestamp::now());
-    let patch = Patch::Merge(json!({ "spec": { "holderIdentity": name, "leaseDurationSeconds": SECONDS, "renewTime": now } }));
+    let patch = Patch::Merge(
+        json!({ "spec": { "holderIdentity": name, "leaseDurationSeconds": SECONDS, "renewTime": now } }),
+    );
     match within("renew the lease", leases.patch(name, &PatchParams::default(), &patch)).await {
         Ok(_) => return Ok(()),
-        Err(crate::Error::Api { source, .. })
-            if matches!(source.as_ref(), kube::Error::Api(status) if status.code == 404) => {}
+        Err(crate::Error::Api { source, .. }) if matches!(source.as_ref(), kube::Error::Api(status) if status.code == 404) =>
+            {}
         Err(error) => return Err(error),
     }
     let lease = Lease {
@@ -51,7 +53,13 @@ async fn renew(leases: &Api<Lease>, name: &str, owner: Option<String>) -> Result
             name: Some(name.into()),
             namespace: Some("kube-node-lease".into()),
             owner_references: owner.map(|uid| {
-                vec![OwnerReference { api_version: "v1".into(), kind: "Node".into(), name: name.into(), uid, ..Default::default() }]
+                vec![OwnerReference {
+                    api_version: "v1".into(),
+                    kind: "Node".into(),
+                    name: name.into(),
+                    uid,
+                    ..Default::default()
+                }]
             }),
             ..Default::default()
         },

@@ -34,20 +34,28 @@ pub fn capacity(data: &Path, pods: u32) -> Result<Capacity> {
 /// Total and available memory, in bytes.
 pub(super) fn memory() -> Result<(u64, u64)> {
     let path = Path::new("/proc/meminfo");
-    let text = std::fs::read_to_string(path).map_err(|source| Error::Read { what: "memory", path: path.into(), source })?;
+    let text = std::fs::read_to_string(path).map_err(|source| Error::Read {
+        what: "memory",
+        path: path.into(),
+        source,
+    })?;
     Ok((meminfo_bytes(&text, "MemTotal").unwrap_or(0), meminfo_bytes(&text, "MemAvailable").unwrap_or(0)))
 }
 
 /// A field of /proc/meminfo (proc_meminfo(5)), which counts in KiB.
 fn meminfo_bytes(text: &str, field: &str) -> Option<u64> {
-    let line = text.lines().find(|line| line.strip_prefix(field).is_some_and(|rest| rest.starts_with(':')))?;
+    let line =
+        text.lines().find(|line| line.strip_prefix(field).is_some_and(|rest| rest.starts_with(':')))?;
     line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib << 10)
 }
 
 /// Size of a file system and what is free for us, in bytes.
 pub(super) fn storage(path: &Path) -> Result<(u64, u64)> {
-    let stat = rustix::fs::statvfs(path)
-        .map_err(|error| Error::Read { what: "size of the file system of", path: path.into(), source: error.into() })?;
+    let stat = rustix::fs::statvfs(path).map_err(|error| Error::Read {
+        what: "size of the file system of",
+        path: path.into(),
+        source: error.into(),
+    })?;
     Ok((stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize))
 }
 

@@ -23,7 +23,11 @@ pub(super) fn node(config: &AgentConfig) -> Node {
     }
     let taints: Vec<Taint> = config.taints.iter().filter_map(|text| parse_taint(text)).collect();
     Node {
-        metadata: ObjectMeta { name: Some(config.node_name.clone()), labels: Some(labels), ..Default::default() },
+        metadata: ObjectMeta {
+            name: Some(config.node_name.clone()),
+            labels: Some(labels),
+            ..Default::default()
+        },
         spec: Some(NodeSpec { taints: (!taints.is_empty()).then_some(taints), ..Default::default() }),
         status: None,
     }
@@ -69,7 +73,10 @@ mod tests {
     #[test]
     fn taints_are_read_as_kubectl_writes_them() {
         let taint = parse_taint("dedicated=build:NoSchedule").unwrap();
-        assert_eq!((taint.key.as_str(), taint.value.as_deref(), taint.effect.as_str()), ("dedicated", Some("build"), "NoSchedule"));
+        assert_eq!(
+            (taint.key.as_str(), taint.value.as_deref(), taint.effect.as_str()),
+            ("dedicated", Some("build"), "NoSchedule")
+        );
         assert_eq!(parse_taint("gpu:NoExecute").unwrap().value, None);
         assert!(parse_taint("nothing").is_none());
     }

@@ -4,7 +4,8 @@ use super::capacity::Capacity;
 use super::facts::Facts;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{
-    ContainerImage, DaemonEndpoint, NodeAddress, NodeCondition, NodeDaemonEndpoints, NodeStatus, NodeSystemInfo,
+    ContainerImage, DaemonEndpoint, NodeAddress, NodeCondition, NodeDaemonEndpoints, NodeStatus,
+    NodeSystemInfo,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -33,13 +34,20 @@ pub(super) fn compute(facts: &Facts, before: &NodeStatus, now: Timestamp) -> Nod
             facts
                 .images
                 .iter()
-                .map(|(names, size)| ContainerImage { names: Some(names.clone()), size_bytes: i64::try_from(*size).ok() })
+                .map(|(names, size)| ContainerImage {
+                    names: Some(names.clone()),
+                    size_bytes: i64::try_from(*size).ok(),
+                })
                 .collect(),
         ),
         node_info: Some(NodeSystemInfo {
             architecture: "amd64".into(),
             boot_id: facts.boot_id.clone(),
-            container_runtime_version: facts.runtime.version.clone().unwrap_or_else(|| "unknown://unknown".into()),
+            container_runtime_version: facts
+                .runtime
+                .version
+                .clone()
+                .unwrap_or_else(|| "unknown://unknown".into()),
             kernel_version: facts.kernel.clone(),
             kube_proxy_version: String::new(),
             kubelet_version: format!("{KUBERNETES}+atoll.{}", env!("CARGO_PKG_VERSION")),
@@ -58,7 +66,11 @@ fn allocatable(c: &Capacity) -> BTreeMap<String, Quantity> {
 }
 
 fn resources(cpu_millis: u64, memory: u64, storage: u64, pods: u32) -> BTreeMap<String, Quantity> {
-    let cpu = if cpu_millis.is_multiple_of(1000) { (cpu_millis / 1000).to_string() } else { format!("{cpu_millis}m") };
+    let cpu = if cpu_millis.is_multiple_of(1000) {
+        (cpu_millis / 1000).to_string()
+    } else {
+        format!("{cpu_millis}m")
+    };
     [
         ("cpu", cpu),
         ("memory", format!("{}Ki", memory >> 10)),
@@ -73,7 +85,8 @@ fn resources(cpu_millis: u64, memory: u64, storage: u64, pods: u32) -> BTreeMap<
 }
 
 fn addresses(facts: &Facts) -> Vec<NodeAddress> {
-    let internal = facts.addresses.iter().map(|a| NodeAddress { type_: "InternalIP".into(), address: a.to_string() });
+    let internal =
+        facts.addresses.iter().map(|a| NodeAddress { type_: "InternalIP".into(), address: a.to_string() });
     let host = NodeAddress { type_: "Hostname".into(), address: facts.node_name.clone() };
     internal.chain([host]).collect()
 }
@@ -201,7 +214,10 @@ mod tests {
     #[test]
     fn problems_of_the_runtime_are_the_reason() {
         let mut facts = healthy();
-        facts.runtime.problems.push("RuntimeReady: cannot open /dev/kvm: enable virtualisation in the firmware".into());
+        facts
+            .runtime
+            .problems
+            .push("RuntimeReady: cannot open /dev/kvm: enable virtualisation in the firmware".into());
         let status = compute(&facts, &NodeStatus::default(), Timestamp::UNIX_EPOCH);
         assert!(!is_ready(&status));
         assert!(condition(&status, "Ready").message.as_ref().unwrap().contains("/dev/kvm"));
