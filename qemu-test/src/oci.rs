@@ -58,6 +58,8 @@ impl Layer {
         header.set_mode(mode);
         header.set_size(bytes.len() as u64);
         header.set_mtime(0);
+        header.set_uid(0);
+        header.set_gid(0);
         match link {
             Some(target) => self.tar.append_link(&mut header, path, target),
             None => self.tar.append_data(&mut header, path, bytes),
