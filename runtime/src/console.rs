@@ -11,11 +11,14 @@ use atoll_spec::guest::Channel;
 use bytes::Bytes;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::io::{ReadHalf, WriteHalf};
+use tokio::io::{BufReader, ReadHalf, WriteHalf};
 use tokio::sync::{mpsc, watch};
 
 /// How long a session may leave output unread.
 const SLOW_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Bytes read at once: small packets would cost several system calls each.
+const BUFFER: usize = 32 << 10;
 
 /// Output of a container or an exec.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,6 +43,7 @@ impl Console {
     /// Takes the guest's stream; `log` gets what comes out. A terminal has no error output.
     pub fn start(stream: GuestStream, tty: bool, log: Option<(LogWriter, Finished)>) -> Arc<Self> {
         let (from, to) = tokio::io::split(stream);
+        let from = BufReader::with_capacity(BUFFER, from);
         let (writer, finished) = log.unzip();
         let console = Arc::new(Self {
             sessions: Mutex::default(),
@@ -55,7 +59,7 @@ impl Console {
 
     async fn read(
         self: Arc<Self>,
-        mut from: ReadHalf<GuestStream>,
+        mut from: BufReader<ReadHalf<GuestStream>>,
         mut open: u8,
         log: Option<LogWriter>,
         finished: Option<Finished>,

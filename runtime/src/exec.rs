@@ -13,14 +13,14 @@ use atoll_spec::guest::{Call, Channel, ExecSpec};
 use atoll_spec::ids::ExecId;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{ReadHalf, WriteHalf};
+use tokio::io::{BufReader, ReadHalf, WriteHalf};
 
 /// Most output that ExecSync returns, so that the answer stays below gRPC's 16 MiB; the rest is read and dropped.
 const OUTPUT_BYTES: usize = (16 << 20) - (64 << 10);
 
 /// A running command.
 pub struct Exec {
-    from: ReadHalf<GuestStream>,
+    from: BufReader<ReadHalf<GuestStream>>,
     /// Its input; apart, so that both directions can be served at once.
     pub input: ExecInput,
     guard: KillOnDrop,
@@ -53,7 +53,7 @@ impl ExecInput {
 
 /// The output of a command.
 pub struct ExecOutput {
-    from: ReadHalf<GuestStream>,
+    from: BufReader<ReadHalf<GuestStream>>,
     guard: KillOnDrop,
 }
 
@@ -100,6 +100,7 @@ impl Exec {
         };
         let (_, stream) = container.vm.link.call_for_stream(make, CALL_DEADLINE).await?;
         let (from, to) = tokio::io::split(stream);
+        let from = BufReader::with_capacity(32 << 10, from);
         let guard = KillOnDrop { vm: container.vm.clone(), exec, armed: true };
         Ok(Self { from, input: ExecInput { to }, guard })
     }

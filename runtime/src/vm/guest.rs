@@ -13,7 +13,7 @@ use atoll_spec::units::GuestCid;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
@@ -168,7 +168,8 @@ impl GuestLink {
 
     /// Takes a control connection: reads it until it ends. A newer one replaces it.
     async fn serve(self: Arc<Self>, stream: GuestStream, ready_us: u64) {
-        let (mut from, mut to) = tokio::io::split(stream);
+        let (from, mut to) = tokio::io::split(stream);
+        let mut from = BufReader::new(from);
         let (sender, mut outgoing) = mpsc::channel::<Vec<u8>>(16);
         let generation = {
             let mut inner = self.lock();
