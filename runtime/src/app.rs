@@ -85,6 +85,11 @@ impl App {
         let sessions = tokio::spawn(sessions);
         let listener = server::bind(&config.socket, config.socket_gid)?;
         let served = tokio::spawn(server::serve(listener, Cri::new(service, streaming), stopped));
+        // For whoever carries the streams elsewhere; the address says nothing, the URLs' tokens do.
+        let address = config.socket.with_file_name("streaming.addr");
+        if let Err(error) = std::fs::write(&address, base.trim_start_matches("http://")) {
+            tracing::warn!(%error, "cannot write {}", address.display());
+        }
         tracing::info!(socket = %config.socket.display(), streaming = base, "serving CRI");
         let tasks = vec![
             ("CRI server", served),
