@@ -9,7 +9,7 @@ lab := CARGO_TARGET_DIR / "debug/lab"
 
 # List the tasks
 default:
-    @just --justfile {{ justfile() }} --list --unsorted
+    @"{{ just_executable() }}" --justfile "{{ justfile() }}" --list --unsorted
 
 # Boot a host in QEMU, join it to a Supervisor, run a pod, show it, power off
 demo: (_tool "lab")
