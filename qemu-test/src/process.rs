@@ -60,7 +60,7 @@ impl Background {
     /// When it still runs at the deadline.
     pub fn wait(&mut self, deadline: Duration) -> anyhow::Result<ExitStatus> {
         wait_for(&format!("the end of {}", self.name), deadline, || {
-            Ok(self.child.try_wait().with_context(|| format!("cannot wait for {}", self.name))?)
+            self.child.try_wait().with_context(|| format!("cannot wait for {}", self.name))
         })
     }
 

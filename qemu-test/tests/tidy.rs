@@ -5,16 +5,19 @@ use std::path::{Path, PathBuf};
 const MAX_FILE_LINES: usize = 500;
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate is in the checkout").to_owned()
 }
 
 /// Every Rust source that git knows, with its text.
 fn sources() -> Vec<(String, String)> {
-    let output =
-        std::process::Command::new("git").current_dir(root()).args(["ls-files", "*.rs"]).output().unwrap();
+    let output = std::process::Command::new("git")
+        .current_dir(root())
+        .args(["ls-files", "*.rs"])
+        .output()
+        .expect("git is there");
     assert!(output.status.success(), "git ls-files failed");
     String::from_utf8(output.stdout)
-        .unwrap()
+        .expect("paths are UTF-8")
         .lines()
         .filter_map(|path| {
             std::fs::read_to_string(root().join(path)).ok().map(|text| (path.to_owned(), text))

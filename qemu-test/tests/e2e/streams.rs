@@ -100,6 +100,15 @@ fn port_forward_reaches_the_pod() -> anyhow::Result<()> {
         "Never",
     )?;
     pod.wait_phase("Running")?;
+    // kubectl ends at the first refused connection, so the server must listen before.
+    wait_for("the pod's web server", POD, || {
+        Ok(lab
+            .supervisor
+            .kubectl(&["exec", "forward", "--", "wget", "-q", "-O", "-", "http://127.0.0.1:8080/"])?
+            .stdout
+            .contains("forwarded")
+            .then_some(()))
+    })?;
     let log = lab.directory().join("port-forward.log");
     let mut forward = atoll_qemu_test::process::Background::spawn(
         "kubectl port-forward",

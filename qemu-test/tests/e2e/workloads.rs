@@ -123,7 +123,7 @@ fn pod_reads_a_secret_and_calls_the_api_server() -> anyhow::Result<()> {
         ),
     )?;
     pod.wait_phase("Succeeded")?;
-    assert_eq!(supervisor.kubectl_ok(&["logs", "caller", "-c", "header"])?, "atoll");
+    assert_eq!(supervisor.kubectl_ok(&["logs", "caller", "-c", "header"])?.trim_end(), "atoll");
     let log = supervisor.kubectl_ok(&["logs", "caller", "-c", "main"])?;
     assert!(log.contains("\"name\": \"caller\""), "{log}");
     Ok(())
