@@ -20,6 +20,8 @@ use tokio::sync::mpsc;
 
 /// Interval at which a follower looks for more.
 const FOLLOW: Duration = Duration::from_millis(100);
+/// How long a log may take to appear after its container started.
+const FIRST_LINE: Duration = Duration::from_secs(3);
 /// A follower asks the runtime whether the container still runs once in this many looks.
 const LOOKS_PER_STATUS: u32 = 10;
 /// Bytes read at once.
@@ -92,9 +94,7 @@ pub(super) async fn serve(
     find::check_name(pod, container)?;
     let status = wanted_attempt(api, pod, container, options.previous).await?;
     let path = PathBuf::from(&status.log_path);
-    let file = File::open(&path).await.map_err(|error| {
-        Refusal::new(StatusCode::NOT_FOUND, format!("cannot open the log {}: {error}", path.display()))
-    })?;
+    let file = open(&path).await?;
     let (sender, mut receiver) = mpsc::channel::<std::io::Result<Bytes>>(QUEUE);
     let running = status.state() == v1::ContainerState::ContainerRunning;
     let reader = Reader {
@@ -115,6 +115,21 @@ pub(super) async fn serve(
         .headers_mut()
         .insert("content-type", http::HeaderValue::from_static("text/plain; charset=utf-8"));
     Ok(response)
+}
+
+/// Opens a log. A container that has just started may have none for a moment, or one that is not readable yet.
+async fn open(path: &Path) -> Result<File, Refusal> {
+    let deadline = tokio::time::Instant::now() + FIRST_LINE;
+    loop {
+        match File::open(path).await {
+            Ok(file) => return Ok(file),
+            Err(_) if tokio::time::Instant::now() < deadline => tokio::time::sleep(FOLLOW).await,
+            Err(error) => {
+                let message = format!("cannot open the log {}: {error}", path.display());
+                return Err(Refusal::new(StatusCode::NOT_FOUND, message));
+            }
+        }
+    }
 }
 
 /// The container's newest attempt, or the one before; 400 says why there is none, in the kubelet's words, because
