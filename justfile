@@ -3,7 +3,7 @@
 set shell := ["bash", "-euo", "pipefail", "-c"]
 
 cache := env("XDG_CACHE_HOME", home_directory() / ".cache") / "atoll"
-export CARGO_TARGET_DIR := cache / "target"
+export CARGO_TARGET_DIR := env("CARGO_TARGET_DIR", cache / "target")
 export ATOLL_ROOT := justfile_directory()
 lab := CARGO_TARGET_DIR / "debug/lab"
 

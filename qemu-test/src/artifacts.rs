@@ -97,8 +97,9 @@ impl Artifacts {
         self.out().join("bin").join(name)
     }
 
+    /// Cargo's target directory: the one that its own variable names, as everywhere, else one in the cache.
     fn target(&self) -> PathBuf {
-        self.cache.join("target")
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| self.cache.join("target"), PathBuf::from)
     }
 
     fn supervisor_hash(&self) -> anyhow::Result<String> {
