@@ -5,13 +5,15 @@
 //! that, and again nothing else is ever unpacked. Packages are unpacked, never installed.
 
 use crate::apt_sources;
-use crate::cache::{Cache, remove_tree, sha256_file};
+use crate::cache::{Cache, Key, remove_tree, sha256_file};
 use crate::error::{Error, Result};
 use crate::lock::{Lock, Package};
 use crate::program::Program;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+/// Stands for the package that the metapackage of the host kernel depends on.
+pub const KERNEL: &str = "linux-image-amd64*";
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// Debian packages, by way of the cache.
@@ -49,15 +51,7 @@ impl<'a> Debian<'a> {
         fs::create_dir_all(&incoming).map_err(Error::file("make directory", &incoming))?;
         if !apt.has_lists() || apt.download(&names, &incoming).is_err() {
             apt.update()?;
-            apt.download(&names, &incoming).map_err(|error| match error {
-                Error::Program { program, status, tail, .. } => Error::Program {
-                    program,
-                    purpose: "fetch the versions in image/debian.lock (gone from the mirror? `atoll-image lock` pins the current ones; then build atoll-image again)".into(),
-                    status,
-                    tail,
-                },
-                other => other,
-            })?;
+            apt.download(&names, &incoming)?;
         }
         for package in missing {
             let file = downloaded(&incoming, package)?;
@@ -87,7 +81,7 @@ impl<'a> Debian<'a> {
     /// Several packages unpacked into one tree.
     pub fn merge(&self, packages: &[&Package]) -> Result<PathBuf> {
         let debs = self.fetch(packages)?;
-        let key = packages.iter().fold(crate::cache::Key::default(), |key, p| key.with(&p.sha256)).finish();
+        let key = packages.iter().fold(Key::default(), |key, p| key.with(&p.sha256)).finish();
         self.cache.entry("merged", &key, |dir| {
             for (deb, package) in debs.iter().zip(packages) {
                 let purpose = format!("unpack {}", package.name);
@@ -103,25 +97,68 @@ impl<'a> Debian<'a> {
         let _held = self.cache.lock("debian/fetch")?;
         let apt = Apt::prepare(self.cache)?;
         apt.update()?;
-        let mut packages = Vec::new();
-        for name in names {
-            let record = match name.strip_suffix('*') {
-                None => apt.show(name)?,
-                Some(meta) => {
-                    let depends = field(&apt.show(meta)?, "Depends", meta)?;
-                    let target = depends.split([' ', ',']).next().unwrap_or_default().to_string();
-                    apt.show(&target)?
-                }
-            };
-            packages.push(Package {
-                name: field(&record, "Package", name)?,
-                version: field(&record, "Version", name)?,
-                architecture: field(&record, "Architecture", name)?,
-                sha256: field(&record, "SHA256", name)?,
+        apt.newest(names).map(Lock::new)
+    }
+
+    /// The lock to build from: `pinned`, or where the mirror no longer has a version and the cache neither, with the
+    /// mirror's own in its place. Mirrors keep only the newest version of each package, so that a checkout could
+    /// otherwise be built until the next security update and no longer. What was taken is said once, kept for the
+    /// next builds from the same `pinned`, and stands in the image's list of contents.
+    ///
+    /// With `strict` a version that is gone is an error.
+    pub fn effective(&self, pinned: &Lock, strict: bool) -> Result<Lock> {
+        let kept = self
+            .cache
+            .dir("debian")?
+            .join(format!("{}.lock", Key::default().with(&pinned.to_text()).finish()));
+        let missing: Vec<&Package> = pinned.packages().iter().filter(|p| !self.has(p)).collect();
+        if missing.is_empty() {
+            return Ok(pinned.clone());
+        }
+        if !strict && let Ok(text) = fs::read_to_string(&kept) {
+            let lock = Lock::parse(&text)?;
+            // What it names may be gone by now too.
+            if lock.packages().iter().all(|p| self.has(p)) {
+                return Ok(lock);
+            }
+        }
+        let _held = self.cache.lock("debian/fetch")?;
+        let apt = Apt::prepare(self.cache)?;
+        apt.update()?;
+        let gone: Vec<&Package> = missing.into_iter().filter(|p| !apt.has(p)).collect();
+        if gone.is_empty() {
+            return Ok(pinned.clone());
+        }
+        let words: Vec<String> = gone.iter().map(|p| format!("{} {}", p.name, p.version)).collect();
+        if strict {
+            return Err(Error::Missing {
+                kind: "packages",
+                name: words.join(", "),
+                place: "on the mirror, although image/debian.lock names them".into(),
+                remedy: "build without --locked to take the mirror's newest, or run `atoll-image lock`"
+                    .into(),
             });
         }
-        Ok(Lock::new(packages))
+        let names: Vec<String> = gone.iter().map(|p| successor(&p.name).to_owned()).collect();
+        let newer = apt.newest(&names)?;
+        for (old, new) in words.iter().zip(&newer) {
+            eprintln!("atoll-image: the mirror no longer has {old}: taking {} {}", new.name, new.version);
+        }
+        let lock = pinned.with(&gone, newer);
+        let filling = kept.with_extension("filling");
+        fs::write(&filling, lock.to_text()).map_err(Error::file("write", &filling))?;
+        fs::rename(&filling, &kept).map_err(Error::file("move into place", &kept))?;
+        Ok(lock)
     }
+
+    fn has(&self, package: &Package) -> bool {
+        self.cache.dir("debian").is_ok_and(|store| store.join(format!("{}.deb", package.sha256)).is_file())
+    }
+}
+
+/// Under which name to look for the successor of a package: a kernel's name carries its version.
+fn successor(name: &str) -> &str {
+    if name.starts_with("linux-image-") { KERNEL } else { name }
 }
 
 /// The file that `apt-get download` made of a package.
@@ -194,6 +231,35 @@ impl Apt {
     fn download(&self, names: &[String], dir: &Path) -> Result<()> {
         let program = self.program("apt-get", "fetch Debian packages").args(["-q", "download"]);
         program.args(names).current_dir(dir).run().map(drop)
+    }
+
+    /// Whether the mirror has just this version with just this content.
+    fn has(&self, package: &Package) -> bool {
+        let name = format!("{}={}", package.name, package.version);
+        self.show(&name)
+            .is_ok_and(|record| field(&record, "SHA256", &name).is_ok_and(|sha| sha == package.sha256))
+    }
+
+    /// The newest version of each of `names`, in their order; see [`Debian::resolve`] for those that end in `*`.
+    fn newest(&self, names: &[String]) -> Result<Vec<Package>> {
+        let mut packages = Vec::new();
+        for name in names {
+            let record = match name.strip_suffix('*') {
+                None => self.show(name)?,
+                Some(meta) => {
+                    let depends = field(&self.show(meta)?, "Depends", meta)?;
+                    let target = depends.split([' ', ',']).next().unwrap_or_default().to_string();
+                    self.show(&target)?
+                }
+            };
+            packages.push(Package {
+                name: field(&record, "Package", name)?,
+                version: field(&record, "Version", name)?,
+                architecture: field(&record, "Architecture", name)?,
+                sha256: field(&record, "SHA256", name)?,
+            });
+        }
+        Ok(packages)
     }
 
     fn show(&self, name: &str) -> Result<String> {

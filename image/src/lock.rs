@@ -93,6 +93,12 @@ impl Lock {
         })
     }
 
+    /// This lock with other versions of some packages: each of `newer` takes the place of its `gone`.
+    pub fn with(&self, gone: &[&Package], newer: Vec<Package>) -> Self {
+        let kept = self.packages.iter().filter(|p| !gone.contains(p)).cloned();
+        Self::new(kept.chain(newer).collect())
+    }
+
     /// The host kernel's package: the one whose name carries the kernel's release.
     pub fn kernel(&self) -> Result<(&Package, &str)> {
         let found = self.packages.iter().find_map(|p| Some((p, p.name.strip_prefix("linux-image-")?)));
@@ -115,6 +121,21 @@ mod tests {
         assert_eq!(Lock::parse(&lock.to_text()).unwrap(), lock);
         assert_eq!(lock.to_text(), BUILT_IN);
         assert!(lock.kernel().unwrap().1.starts_with("6.12."));
+    }
+
+    #[test]
+    fn what_is_gone_gives_its_place_to_what_is_newer() {
+        let lock = Lock::parse(BUILT_IN).unwrap();
+        let (kernel, _) = lock.kernel().unwrap();
+        let newer = Package {
+            name: "linux-image-6.12.999-amd64".into(),
+            version: "6.12.999-1".into(),
+            ..kernel.clone()
+        };
+        let changed = lock.with(&[kernel], vec![newer.clone()]);
+        assert_eq!(changed.kernel().unwrap(), (&newer, "6.12.999-amd64"));
+        assert_eq!(changed.packages().len(), lock.packages().len());
+        assert_eq!(changed.get("libc6").unwrap(), lock.get("libc6").unwrap());
     }
 
     #[test]

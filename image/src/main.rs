@@ -1,7 +1,7 @@
 //! `atoll-image`: the command line of the image builder.
 
 use atoll_image::cache::Cache;
-use atoll_image::debian::Debian;
+use atoll_image::debian::{self, Debian};
 use atoll_image::error::{Error, Result};
 use atoll_image::lock::{self, Lock};
 use atoll_image::plan::{self, Facts, Step};
@@ -37,7 +37,11 @@ enum Command {
     /// Write the list of what an image holds (SPDX 2.3) without building the image.
     Sbom(BuildArguments),
     /// Build the guest kernel and print its path.
-    GuestKernel,
+    GuestKernel {
+        /// See `build`.
+        #[arg(long)]
+        locked: bool,
+    },
     /// Pin the newest Debian 13 packages that the mirror has, in image/debian.lock.
     Lock {
         /// The lock file.
@@ -63,6 +67,9 @@ struct Selection {
     /// Sign with a key made for tests, kept in the cache.
     #[arg(long, conflicts_with = "key")]
     test_key: bool,
+    /// Fail when the mirror no longer has a version that image/debian.lock names, instead of taking its newest.
+    #[arg(long)]
+    locked: bool,
 }
 
 #[derive(Args)]
@@ -105,13 +112,15 @@ fn run(command: Command) -> Result<()> {
             build(&arguments, |step| matches!(step, Step::Fetch(_) | Step::HostKernel { .. } | Step::Sbom(_)))
         }
         Command::Plan(selection) => {
-            let (_, steps) = planned(&selection)?;
+            let (_, steps) = planned(&selection, &Lock::parse(lock::BUILT_IN)?)?;
             print!("{}", plan::to_text(&steps));
             Ok(())
         }
         Command::Config { target, config } => write_config(&target, &config),
-        Command::GuestKernel => {
-            let path = guest_kernel::build(&Cache::from_env()?, &Lock::parse(lock::BUILT_IN)?)?;
+        Command::GuestKernel { locked } => {
+            let cache = Cache::from_env()?;
+            let lock = Debian::new(&cache).effective(&Lock::parse(lock::BUILT_IN)?, locked)?;
+            let path = guest_kernel::build(&cache, &lock)?;
             println!("{}", path.display());
             Ok(())
         }
@@ -119,7 +128,7 @@ fn run(command: Command) -> Result<()> {
     }
 }
 
-fn planned(selection: &Selection) -> Result<(Profile, Vec<Step>)> {
+fn planned(selection: &Selection, lock: &Lock) -> Result<(Profile, Vec<Step>)> {
     let profile = Profile::load(&selection.profile)?;
     let dir = &selection.bin_dir;
     let wanted = profile.binaries.iter().chain([&profile.guest]);
@@ -129,13 +138,19 @@ fn planned(selection: &Selection) -> Result<(Profile, Vec<Step>)> {
         available: &available,
         signed: selection.key.is_some() || selection.test_key,
     };
-    let steps = plan::plan(&profile, &Lock::parse(lock::BUILT_IN)?, &facts)?;
+    let steps = plan::plan(&profile, lock, &facts)?;
     Ok((profile, steps))
 }
 
 /// Runs the steps that are `wanted`.
 fn build(arguments: &BuildArguments, wanted: impl Fn(&Step) -> bool) -> Result<()> {
-    let (profile, mut steps) = planned(&arguments.selection)?;
+    let pinned = Lock::parse(lock::BUILT_IN)?;
+    let cache = Cache::from_env()?;
+    let lock = match arguments.dry_run {
+        true => pinned,
+        false => Debian::new(&cache).effective(&pinned, arguments.selection.locked)?,
+    };
+    let (profile, mut steps) = planned(&arguments.selection, &lock)?;
     steps.retain(wanted);
     if arguments.dry_run {
         print!("{}", plan::to_text(&steps));
@@ -149,7 +164,6 @@ fn build(arguments: &BuildArguments, wanted: impl Fn(&Step) -> bool) -> Result<(
         let place = arguments.selection.bin_dir.display().to_string();
         return Err(Error::input(place, format!("lacks {missing}: build them first")));
     }
-    let (cache, lock) = (Cache::from_env()?, Lock::parse(lock::BUILT_IN)?);
     let signer = signer(&arguments.selection, &cache, &lock, &profile)?;
     let build = Build {
         cache: &cache,
@@ -188,7 +202,7 @@ fn pin(file: &Path) -> Result<()> {
     let profile = Profile::load("release")?;
     let names = profile.packages().into_iter().chain(TOOL_PACKAGES.iter().copied());
     let mut names: Vec<String> =
-        names.chain([BOOT_PACKAGE, guest_kernel::SOURCE, "linux-image-amd64*"]).map(str::to_string).collect();
+        names.chain([BOOT_PACKAGE, guest_kernel::SOURCE, debian::KERNEL]).map(str::to_string).collect();
     names.sort();
     names.dedup();
     let lock = Debian::new(&Cache::from_env()?).resolve(&names)?;

@@ -41,9 +41,15 @@ fn programs(dir: &Path, names: &[String]) {
     }
 }
 
+/// What a build takes: the pinned versions, or what the mirror has in place of those that are gone.
+fn lock(cache: &Cache) -> Lock {
+    Debian::new(cache).effective(&Lock::parse(lock::BUILT_IN).unwrap(), false).unwrap()
+}
+
 fn build(root: &Path, bin_dir: &Path, signer: Option<&Signer>) -> PathBuf {
     let (cache, out) = (own_cache(&root.join("cache")), root.join("out"));
-    let (profile, lock) = (Profile::load("release").unwrap(), Lock::parse(lock::BUILT_IN).unwrap());
+    let profile = Profile::load("release").unwrap();
+    let lock = lock(&cache);
     let mut available = profile.binaries.clone();
     available.push(profile.guest.clone());
     programs(bin_dir, &available);
@@ -66,7 +72,7 @@ fn build(root: &Path, bin_dir: &Path, signer: Option<&Signer>) -> PathBuf {
 /// The key for tests, from a cache of its own.
 fn signer(root: &Path) -> Signer {
     let cache = own_cache(&root.join("keys"));
-    let lock = Lock::parse(lock::BUILT_IN).unwrap();
+    let lock = lock(&cache);
     let libraries = Profile::load("release").unwrap().libraries;
     let names = libraries.iter().map(String::as_str).chain(["openssl"]);
     let packages: Vec<_> = names.map(|name| lock.get(name).unwrap()).collect();
