@@ -55,6 +55,11 @@ check: (_tool "suite")
 e2e *filter: (_tool "suite")
     @{{ CARGO_TARGET_DIR }}/debug/suite e2e "$@"
 
+# The long forms of the tests: 50 power cuts, rounds of 40 pods, every process stopped at every step (hours)
+[positional-arguments]
+soak *filter: (_tool "suite")
+    @{{ CARGO_TARGET_DIR }}/debug/suite soak "$@"
+
 # Build every artefact: programs, Supervisor, release and test image (into out/)
 build: (_tool "lab")
     @{{ lab }} build

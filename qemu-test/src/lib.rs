@@ -6,6 +6,7 @@
 //! dies with it.
 
 pub mod artifacts;
+pub mod inspect;
 pub mod lab;
 pub mod machine;
 pub mod namespaces;

@@ -12,7 +12,7 @@ use std::time::Duration;
 /// Address of the bridge: Supervisor, registry, DNS, DHCP and time are all here.
 pub const SERVER: &str = "10.77.0.1";
 /// Most machines of a lab.
-pub const MACHINES: usize = 4;
+pub const MACHINES: usize = 6;
 
 /// The bridge and its services.
 #[derive(Debug)]

@@ -167,3 +167,51 @@ fn lints_are_expected_never_allowed() {
         .collect();
     report(&failures);
 }
+
+/// Files with end-to-end tests that docs/reliability.md must name, every one.
+const RELIABILITY: [&str; 9] = [
+    "containers.rs",
+    "control_plane.rs",
+    "host_config.rs",
+    "host_disks.rs",
+    "host_network.rs",
+    "join.rs",
+    "power.rs",
+    "processes.rs",
+    "scale.rs",
+];
+
+/// Names of the tests in a source: the function after each `#[test]`, whatever stands between.
+fn tests_in(text: &str) -> Vec<&str> {
+    let after = text.split("#[test]").chain(text.split("#[tokio::test")).skip(1);
+    after.filter_map(|rest| rest.split("fn ").nth(1)?.split('(').next()).collect()
+}
+
+#[test]
+fn reliability_names_tests_that_exist_and_leaves_none_out() {
+    let document = std::fs::read_to_string(root().join("docs/reliability.md")).unwrap();
+    let mut failures = Vec::new();
+    // `path/to/file.rs::name` in backticks.
+    for word in document.split('`').skip(1).step_by(2).filter(|word| word.contains(".rs::")) {
+        let (path, name) = word.split_once("::").unwrap_or_default();
+        let text = std::fs::read_to_string(root().join(path)).unwrap_or_default();
+        if !text.contains(&format!("fn {name}(")) {
+            failures.push(format!("docs/reliability.md: there is no {word}"));
+        }
+    }
+    for file in RELIABILITY {
+        let path = format!("qemu-test/tests/e2e/{file}");
+        let text = std::fs::read_to_string(root().join(&path)).unwrap_or_default();
+        for name in tests_in(&text) {
+            if !document.contains(&format!("{path}::{name}`")) {
+                failures.push(format!("docs/reliability.md: does not name {path}::{name}"));
+            }
+        }
+    }
+    for line in document.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| case")) {
+        if !line.contains(".rs::") && !line.contains("not tested:") {
+            failures.push(format!("docs/reliability.md: a case without a test: {line}"));
+        }
+    }
+    report(&failures);
+}

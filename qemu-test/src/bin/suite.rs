@@ -15,6 +15,9 @@ use std::time::Instant;
 
 /// End-to-end tests that run at once: most of their time is spent waiting for the emulated host.
 const E2E_THREADS: &str = "3";
+/// The end-to-end tests that have a long form.
+const LONG: [&str; 5] =
+    ["power::", "scale::rounds", "processes::stopped", "containers::log_", "containers::many_execs"];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Part {
@@ -24,6 +27,8 @@ enum Part {
     Quick,
     /// End-to-end tests only.
     E2e,
+    /// The long forms of the tests that have one: hours.
+    Soak,
 }
 
 #[derive(Debug, Parser)]
@@ -72,11 +77,17 @@ fn run(arguments: &Arguments) -> anyhow::Result<bool> {
     let mut suite =
         Suite { artifacts: Artifacts::locate()?, counts: Counts::default(), failures: Vec::new() };
     let started = Instant::now();
-    if arguments.part != Part::E2e {
-        suite.quick()?;
-    }
-    if arguments.part != Part::Quick {
-        suite.end_to_end(&arguments.filter)?;
+    match arguments.part {
+        Part::All => {
+            suite.quick()?;
+            suite.end_to_end(&arguments.filter, false)?;
+        }
+        Part::Quick => suite.quick()?,
+        Part::E2e => suite.end_to_end(&arguments.filter, false)?,
+        Part::Soak if arguments.filter.is_empty() => {
+            suite.end_to_end(&LONG.map(str::to_owned), true)?;
+        }
+        Part::Soak => suite.end_to_end(&arguments.filter, true)?,
     }
     println!("\nall in {:.0} s", started.elapsed().as_secs_f64());
     for failure in &suite.failures {
@@ -122,7 +133,8 @@ impl Suite {
         self.tests("unit tests of Go", &mut go(&test, &self.artifacts), false, go_counts)
     }
 
-    fn end_to_end(&mut self, filter: &[String]) -> anyhow::Result<()> {
+    /// `long` asks for the long forms, one test at a time.
+    fn end_to_end(&mut self, filter: &[String], long: bool) -> anyhow::Result<()> {
         let mut progress = Progress::default();
         if let Err(error) = self.artifacts.build(&mut progress, &[Profile::Release, Profile::Test]) {
             self.fail(&format!("build: {error:#}"));
@@ -134,8 +146,11 @@ impl Suite {
         command
             .current_dir(self.artifacts.root())
             .arg(binary)
-            .args(["--test-threads", E2E_THREADS])
+            .args(["--test-threads", if long { "1" } else { E2E_THREADS }])
             .args(filter);
+        if long {
+            command.arg("--nocapture").env("ATOLL_SOAK", "1");
+        }
         self.tests("end-to-end tests", &mut command, true, cargo_counts)
     }
 

@@ -1,10 +1,12 @@
 //! `atoll-test-bridge`: in the test image only, carries the runtime's CRI socket and its streaming server onto the
 //! test network, so that CRI clients outside can drive the runtime of a booted host.
 //!
-//! TCP 10350 → the CRI socket; TCP 10351 → the streaming server, whose address the runtime writes to a file.
-//! Neither is authenticated: this is why the release image does not have it, which a test asserts.
+//! TCP 10350 → the CRI socket; TCP 10351 → the streaming server, whose address the runtime writes to a file;
+//! TCP 10352 → the inspector, which tells what is in the host and signals its processes. None is authenticated: this
+//! is why the release image does not have them, which a test asserts.
 
 use anyhow::Context;
+use atoll_qemu_test::inspect;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
@@ -16,6 +18,9 @@ const STREAMING_ADDRESS: &str = "/run/atoll/runtime/streaming.addr";
 fn main() -> anyhow::Result<()> {
     let streaming = TcpListener::bind("0.0.0.0:10351").context("cannot listen on TCP 10351")?;
     let cri = TcpListener::bind("0.0.0.0:10350").context("cannot listen on TCP 10350")?;
+    let inspector =
+        TcpListener::bind(("0.0.0.0", inspect::PORT)).context("cannot listen for the inspector")?;
+    std::thread::spawn(move || inspect::host::serve(&inspector));
     let thread = std::thread::spawn(move || {
         serve(&streaming, || {
             let address = std::fs::read_to_string(STREAMING_ADDRESS)

@@ -76,7 +76,7 @@ fn emulated_processor_lacks_cmpxchg16b() -> anyhow::Result<()> {
     if Accelerator::detect() == Accelerator::Kvm {
         return Ok(());
     }
-    let lab = crate::shared::ready_lab();
+    let lab = &crate::shared::ready_lab();
     let pod = crate::shared::shell_pod(lab, "cpu-flags", "grep -m1 ^flags /proc/cpuinfo", "Never")?;
     pod.wait_phase("Succeeded")?;
     let flags = pod.logs()?;

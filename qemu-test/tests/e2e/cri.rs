@@ -1,6 +1,6 @@
 //! The runtime in the booted host, driven through CRI as any client would.
 
-use crate::shared::machine;
+use crate::shared::{machine, ready_lab};
 use anyhow::Context;
 use atoll_cri::v1 as cri;
 use atoll_qemu_test::lab::BUSYBOX;
@@ -38,6 +38,7 @@ fn sandbox_config(name: &str) -> cri::PodSandboxConfig {
 
 #[test]
 fn version_and_status() -> anyhow::Result<()> {
+    let _lab = ready_lab();
     block_on(async {
         let mut runtime = RuntimeServiceClient::new(connect().await?);
         let version = runtime.version(cri::VersionRequest { version: "v1".into() }).await?.into_inner();
@@ -57,6 +58,7 @@ fn version_and_status() -> anyhow::Result<()> {
 
 #[test]
 fn container_lifecycle() -> anyhow::Result<()> {
+    let _lab = ready_lab();
     block_on(async {
         let channel = connect().await?;
         let mut images = ImageServiceClient::new(channel.clone());
@@ -144,6 +146,7 @@ fn container_lifecycle() -> anyhow::Result<()> {
 
 #[test]
 fn refused_calls_say_why() -> anyhow::Result<()> {
+    let _lab = ready_lab();
     block_on(async {
         let mut runtime = RuntimeServiceClient::new(connect().await?);
         let mut config = sandbox_config("hostnet");

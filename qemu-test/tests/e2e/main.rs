@@ -4,11 +4,15 @@
 //! by all tests that do not harm it ([`shared`]); the others boot their own.
 
 mod boot;
+mod containers;
 mod cri;
 mod join;
 mod node;
 mod pods;
+mod power;
+mod processes;
 mod refusals;
+mod scale;
 mod shared;
 mod streams;
 mod workloads;

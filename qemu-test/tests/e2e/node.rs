@@ -34,7 +34,7 @@ fn describe_node_has_conditions_capacity_and_system_info() -> anyhow::Result<()>
 
 #[test]
 fn lease_is_renewed() -> anyhow::Result<()> {
-    let lab = ready_lab();
+    let lab = &ready_lab();
     let renewed = || {
         lab.supervisor.kubectl_ok(&[
             "get",
@@ -53,7 +53,7 @@ fn lease_is_renewed() -> anyhow::Result<()> {
 
 #[test]
 fn serving_certificate_was_signed_by_the_cluster() -> anyhow::Result<()> {
-    let lab = ready_lab();
+    let lab = &ready_lab();
     wait_for("an approved kubelet-serving certificate", Duration::from_secs(60), || {
         let text = lab.supervisor.kubectl_ok(&["get", "csr"])?;
         Ok(text
@@ -65,6 +65,7 @@ fn serving_certificate_was_signed_by_the_cluster() -> anyhow::Result<()> {
 
 #[test]
 fn kubelet_api_refuses_callers_without_credentials() -> anyhow::Result<()> {
+    let _lab = ready_lab();
     let host = { crate::shared::machine().address() };
     let output = atoll_qemu_test::process::run(
         std::process::Command::new("curl").args([

@@ -2,15 +2,15 @@
 
 use crate::shared::{apply_pod, ready_lab, shell_pod};
 use atoll_qemu_test::lab::BUSYBOX;
-use atoll_qemu_test::process::wait_for;
+use atoll_qemu_test::process::{Background, wait_for};
 use std::time::Duration;
 
 #[test]
 fn example_runs_logs_and_goes() -> anyhow::Result<()> {
-    let lab = ready_lab();
+    let lab = &ready_lab();
     let yaml = std::fs::read_to_string(crate::shared::lab().0.root().join("examples/hello.yaml"))?;
     lab.supervisor.apply(&yaml)?;
-    let pod = crate::shared::Pod { lab, name: "hello".to_owned() };
+    let pod = crate::shared::Pod { lab: lab.clone(), name: "hello".to_owned() };
     pod.wait_phase("Running")?;
     wait_for("its greeting", Duration::from_secs(30), || {
         Ok(pod.logs()?.contains("hello from hello").then_some(()))
@@ -25,7 +25,7 @@ fn example_runs_logs_and_goes() -> anyhow::Result<()> {
 
 #[test]
 fn container_that_exits_at_once_says_so() -> anyhow::Result<()> {
-    let pod = shell_pod(ready_lab(), "exits", "echo about to fail; exit 3", "Always")?;
+    let pod = shell_pod(&ready_lab(), "exits", "echo about to fail; exit 3", "Always")?;
     pod.wait_field("{.status.containerStatuses[0].state.waiting.reason}", "CrashLoopBackOff")?;
     assert_eq!(pod.field("{.status.containerStatuses[0].lastState.terminated.exitCode}")?, "3");
     assert_eq!(pod.field("{.status.containerStatuses[0].lastState.terminated.reason}")?, "Error");
@@ -38,7 +38,7 @@ fn container_that_exits_at_once_says_so() -> anyhow::Result<()> {
 #[test]
 fn missing_image_says_so() -> anyhow::Result<()> {
     let pod = apply_pod(
-        ready_lab(),
+        &ready_lab(),
         "no-image",
         "  containers:\n  - name: main\n    image: registry.lab:5000/nothing:1\n",
     )?;
@@ -54,7 +54,7 @@ fn missing_image_says_so() -> anyhow::Result<()> {
 #[test]
 fn missing_command_exits_as_elsewhere() -> anyhow::Result<()> {
     let pod = apply_pod(
-        ready_lab(),
+        &ready_lab(),
         "no-command",
         &format!(
             "  restartPolicy: Never\n  containers:\n  - name: main\n    image: {BUSYBOX}\n    command: [/no/such]\n"
@@ -70,7 +70,7 @@ fn missing_command_exits_as_elsewhere() -> anyhow::Result<()> {
 #[test]
 fn init_container_and_two_containers_share_an_empty_dir() -> anyhow::Result<()> {
     let pod = apply_pod(
-        ready_lab(),
+        &ready_lab(),
         "shares",
         &format!(
             "  restartPolicy: Never
@@ -102,7 +102,7 @@ fn init_container_and_two_containers_share_an_empty_dir() -> anyhow::Result<()> 
 
 #[test]
 fn environment_comes_from_everywhere() -> anyhow::Result<()> {
-    let lab = ready_lab();
+    let lab = &ready_lab();
     lab.supervisor
         .apply("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: env-config}\ndata: {colour: blue}\n")?;
     lab.supervisor.apply(
@@ -147,7 +147,7 @@ fn environment_comes_from_everywhere() -> anyhow::Result<()> {
 #[test]
 fn probes_gate_readiness_and_restart() -> anyhow::Result<()> {
     let pod = apply_pod(
-        ready_lab(),
+        &ready_lab(),
         "probes",
         &format!(
             "  terminationGracePeriodSeconds: 1
@@ -171,7 +171,7 @@ fn probes_gate_readiness_and_restart() -> anyhow::Result<()> {
 
 #[test]
 fn hooks_run_and_grace_is_kept() -> anyhow::Result<()> {
-    let lab = ready_lab();
+    let lab = &ready_lab();
     let pod = apply_pod(
         lab,
         "hooks",
@@ -191,25 +191,27 @@ fn hooks_run_and_grace_is_kept() -> anyhow::Result<()> {
     wait_for("the postStart hook", crate::shared::POD, || {
         Ok(lab.supervisor.kubectl(&["logs", "hooks"])?.stdout.contains("hook ran").then_some(()))
     })?;
-    let follow = std::thread::scope(|scope| {
-        let follow = scope.spawn(|| {
-            atoll_qemu_test::process::run(
-                &mut lab.supervisor.kubectl_command(&["logs", "-f", "hooks"]),
-                crate::shared::POD,
-            )
-        });
-        wait_for("kubectl logs -f to attach", Duration::from_secs(2), || Ok(None::<()>)).ok();
-        pod.delete()?;
-        anyhow::Ok(follow.join().map_err(|_| anyhow::anyhow!("kubectl logs panicked"))??)
+    let log = lab.directory().join("hooks.log");
+    let mut follow = Background::spawn(
+        "kubectl logs -f",
+        &mut lab.supervisor.kubectl_command(&["logs", "-f", "hooks"]),
+        &log,
+    )?;
+    let followed = || std::fs::read_to_string(&log).unwrap_or_default();
+    wait_for("kubectl logs -f to follow", crate::shared::POD, || {
+        Ok(followed().contains("hook ran").then_some(()))
     })?;
-    assert!(follow.stdout.contains("stopping") && follow.stdout.contains("got TERM"), "{follow:?}");
+    pod.delete()?;
+    follow.wait(crate::shared::POD)?;
+    let text = followed();
+    assert!(text.contains("stopping") && text.contains("got TERM"), "{text}");
     Ok(())
 }
 
 #[test]
 fn out_of_memory_is_seen() -> anyhow::Result<()> {
     let pod = apply_pod(
-        ready_lab(),
+        &ready_lab(),
         "hungry",
         &format!(
             "  restartPolicy: Never

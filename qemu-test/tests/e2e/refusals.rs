@@ -5,7 +5,7 @@ use atoll_qemu_test::lab::BUSYBOX;
 
 fn refused(name: &str, before: &str, inside: &str, words: &[&str]) -> anyhow::Result<()> {
     let pod = apply_pod(
-        ready_lab(),
+        &ready_lab(),
         name,
         &format!(
             "{before}  containers:\n  - name: main\n    image: {BUSYBOX}\n    command: [sleep, '1000']\n{inside}"

@@ -2,15 +2,21 @@
 
 use anyhow::Context;
 use atoll_qemu_test::artifacts::{Artifacts, Profile};
+use atoll_qemu_test::inspect::Inspector;
 use atoll_qemu_test::lab::Lab;
 use atoll_qemu_test::machine::Machine;
 use atoll_qemu_test::process::wait_for;
 use atoll_qemu_test::progress::Progress;
-use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 /// Deadline for a pod to get where it should under emulation, image pull included.
 pub const POD: Duration = Duration::from_secs(180);
+
+/// Whether the long forms of the tests are wanted (`./just soak`): more rounds, more pods, every step.
+pub fn long() -> bool {
+    std::env::var_os("ATOLL_SOAK").is_some()
+}
 
 /// The lab without a host: for tests that boot their own.
 pub fn lab() -> &'static (Artifacts, Lab) {
@@ -43,24 +49,101 @@ pub fn machine() -> MutexGuard<'static, Machine> {
         boot().map_err(|error| format!("{error:#}"))
     });
     match machine {
-        Ok(machine) => machine.lock().unwrap_or_else(std::sync::PoisonError::into_inner),
+        Ok(machine) => machine.lock().unwrap_or_else(PoisonError::into_inner),
         Err(error) => panic!("the shared host did not become Ready: {error}"),
     }
 }
 
-/// The lab with `node-1` Ready.
-pub fn ready_lab() -> &'static Lab {
+/// How many tests use the shared host now; a test that harms it waits until there is none.
+static USERS: (Mutex<Users>, Condvar) = (Mutex::new(Users { shared: 0, alone: false }), Condvar::new());
+
+struct Users {
+    shared: usize,
+    alone: bool,
+}
+
+/// A test's hold on the shared host, and its lab. Held alone or with others; when the last one of a test goes, the
+/// host must have nothing in it that belongs to nobody.
+#[derive(Clone)]
+pub struct Shared(Arc<Hold>);
+
+struct Hold {
+    alone: bool,
+}
+
+impl std::ops::Deref for Shared {
+    type Target = Lab;
+
+    fn deref(&self) -> &Lab {
+        &lab().1
+    }
+}
+
+impl Shared {
+    fn take(alone: bool) -> Self {
+        let (users, changed) = &USERS;
+        let mut users = users.lock().unwrap_or_else(PoisonError::into_inner);
+        // Those that share go first: a test may ask twice, and must not wait for one that waits for it.
+        while users.alone || (alone && users.shared > 0) {
+            users = changed.wait(users).unwrap_or_else(PoisonError::into_inner);
+        }
+        if alone {
+            users.alone = true;
+        } else {
+            users.shared += 1;
+        }
+        Self(Arc::new(Hold { alone }))
+    }
+
+    /// Looks into the shared host and signals its processes.
+    pub fn inspector(&self) -> Inspector {
+        Inspector::new(&atoll_qemu_test::network::address(0)).expect("the lab's addresses are addresses")
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let checked = if std::thread::panicking() {
+            Ok(())
+        } else {
+            Inspector::new(&atoll_qemu_test::network::address(0)).and_then(|host| host.nothing_leaked())
+        };
+        let (users, changed) = &USERS;
+        let mut users = users.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.alone {
+            users.alone = false;
+        } else {
+            users.shared -= 1;
+        }
+        changed.notify_all();
+        drop(users);
+        if let Err(error) = checked {
+            panic!("after this test: {error:#}");
+        }
+    }
+}
+
+/// The lab with `node-1` Ready, shared with the tests that run beside.
+pub fn ready_lab() -> Shared {
+    let shared = Shared::take(false);
     drop(machine());
-    &lab().1
+    shared
+}
+
+/// The lab with `node-1` Ready, for a test that harms it or measures it: waits until no other test uses it.
+pub fn alone() -> Shared {
+    let shared = Shared::take(true);
+    drop(machine());
+    shared
 }
 
 /// A pod that is deleted, without waiting, when the test ends.
-pub struct Pod<'a> {
-    pub lab: &'a Lab,
+pub struct Pod {
+    pub lab: Shared,
     pub name: String,
 }
 
-impl Drop for Pod<'_> {
+impl Drop for Pod {
     fn drop(&mut self) {
         // The lab dies with the tests: a pod left over harms nothing but their speed.
         let _ =
@@ -69,13 +152,13 @@ impl Drop for Pod<'_> {
 }
 
 /// Applies a pod; `spec` is the YAML of its spec, indented by two.
-pub fn apply_pod<'a>(lab: &'a Lab, name: &str, spec: &str) -> anyhow::Result<Pod<'a>> {
+pub fn apply_pod(lab: &Shared, name: &str, spec: &str) -> anyhow::Result<Pod> {
     lab.supervisor.apply(&format!("apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, labels: {{app: {name}}}}}\nspec:\n  nodeName: node-1\n{spec}"))?;
-    Ok(Pod { lab, name: name.to_owned() })
+    Ok(Pod { lab: lab.clone(), name: name.to_owned() })
 }
 
 /// A pod with one busybox container that runs a shell script.
-pub fn shell_pod<'a>(lab: &'a Lab, name: &str, script: &str, restart: &str) -> anyhow::Result<Pod<'a>> {
+pub fn shell_pod(lab: &Shared, name: &str, script: &str, restart: &str) -> anyhow::Result<Pod> {
     let script = serde_json::to_string(script)?;
     apply_pod(
         lab,
@@ -87,7 +170,7 @@ pub fn shell_pod<'a>(lab: &'a Lab, name: &str, script: &str, restart: &str) -> a
     )
 }
 
-impl Pod<'_> {
+impl Pod {
     pub fn wait_phase(&self, phase: &str) -> anyhow::Result<()> {
         self.lab.supervisor.wait_field("pod", &self.name, "{.status.phase}", phase, POD)
     }

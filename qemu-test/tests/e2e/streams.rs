@@ -8,7 +8,7 @@ use std::time::Duration;
 
 #[test]
 fn exec_carries_output_input_and_exit_code() -> anyhow::Result<()> {
-    let lab = ready_lab();
+    let lab = &ready_lab();
     let pod = shell_pod(lab, "exec", "sleep 1000000", "Never")?;
     pod.wait_phase("Running")?;
     assert_eq!(pod.exec(&["echo", "hello"])?, "hello\n");
@@ -45,7 +45,7 @@ fn with_terminal(lab: &atoll_qemu_test::lab::Lab, arguments: &str, input: &str) 
 
 #[test]
 fn exec_with_a_terminal_is_a_shell() -> anyhow::Result<()> {
-    let lab = ready_lab();
+    let lab = &ready_lab();
     let pod = shell_pod(lab, "terminal", "sleep 1000000", "Never")?;
     pod.wait_phase("Running")?;
     let text = with_terminal(lab, "exec -it terminal -- sh", "tty; stty size; echo $((40 + 2)); exit\n")?;
@@ -55,7 +55,7 @@ fn exec_with_a_terminal_is_a_shell() -> anyhow::Result<()> {
 
 #[test]
 fn attach_talks_to_the_first_process() -> anyhow::Result<()> {
-    let lab = ready_lab();
+    let lab = &ready_lab();
     let pod = apply_pod(
         lab,
         "attach",
@@ -72,7 +72,7 @@ fn attach_talks_to_the_first_process() -> anyhow::Result<()> {
 
 #[test]
 fn logs_follow_tail_since_and_timestamps() -> anyhow::Result<()> {
-    let lab = ready_lab();
+    let lab = &ready_lab();
     let pod = shell_pod(
         lab,
         "logs",
@@ -92,7 +92,7 @@ fn logs_follow_tail_since_and_timestamps() -> anyhow::Result<()> {
 
 #[test]
 fn port_forward_reaches_the_pod() -> anyhow::Result<()> {
-    let lab = ready_lab();
+    let lab = &ready_lab();
     let pod = shell_pod(
         lab,
         "forward",

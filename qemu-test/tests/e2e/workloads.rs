@@ -1,6 +1,6 @@
 //! Controllers above pods, and pods that talk to each other and to the API server.
 
-use crate::shared::{POD, apply_pod, lab, ready_lab};
+use crate::shared::{POD, apply_pod, ready_lab};
 use atoll_qemu_test::lab::BUSYBOX;
 use atoll_qemu_test::oci::{Image, Layer};
 use atoll_qemu_test::process::{run_ok, wait_for};
@@ -10,7 +10,7 @@ use std::time::Duration;
 
 #[test]
 fn deployment_of_five_replicas() -> anyhow::Result<()> {
-    let lab = ready_lab();
+    let lab = &ready_lab();
     lab.supervisor.apply(&format!(
         "apiVersion: apps/v1
 kind: Deployment
@@ -60,7 +60,7 @@ spec:
 
 #[test]
 fn job_completes() -> anyhow::Result<()> {
-    let lab = ready_lab();
+    let lab = &ready_lab();
     lab.supervisor.apply(&format!(
         "apiVersion: batch/v1
 kind: Job
@@ -94,15 +94,16 @@ fn curl_image() -> anyhow::Result<Image> {
 
 #[test]
 fn pod_reads_a_secret_and_calls_the_api_server() -> anyhow::Result<()> {
-    let supervisor = &ready_lab().supervisor;
-    lab().1.registry.push("curl", "1", &curl_image()?)?;
+    let lab = &ready_lab();
+    let supervisor = &lab.supervisor;
+    lab.registry.push("curl", "1", &curl_image()?)?;
     supervisor
         .apply("apiVersion: v1\nkind: Secret\nmetadata: {name: caller-secret}\nstringData: {who: atoll}\n")?;
     supervisor.apply(
         "apiVersion: rbac.authorization.k8s.io/v1\nkind: RoleBinding\nmetadata: {name: view}\nroleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: view}\nsubjects: [{kind: ServiceAccount, name: default, namespace: default}]\n",
     )?;
     let pod = apply_pod(
-        ready_lab(),
+        lab,
         "caller",
         &format!(
             "  restartPolicy: Never
@@ -131,7 +132,7 @@ fn pod_reads_a_secret_and_calls_the_api_server() -> anyhow::Result<()> {
 
 #[test]
 fn pods_reach_each_other_and_the_host_reaches_them() -> anyhow::Result<()> {
-    let lab = ready_lab();
+    let lab = &ready_lab();
     let server = crate::shared::shell_pod(
         lab,
         "net-server",

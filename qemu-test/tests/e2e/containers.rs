@@ -1,0 +1,141 @@
+//! Containers that misbehave harm themselves only, and leave nothing.
+
+use crate::shared::{POD, apply_pod, long, ready_lab, shell_pod};
+use anyhow::ensure;
+use atoll_qemu_test::inspect::{Inventory, Process};
+use atoll_qemu_test::lab::BUSYBOX;
+use atoll_qemu_test::process::{Background, wait_for};
+use std::time::Duration;
+
+#[test]
+fn container_that_ignores_sigterm_is_killed_after_its_grace() -> anyhow::Result<()> {
+    let lab = &ready_lab();
+    let pod = shell_pod(lab, "ignores", "trap '' TERM; echo deaf; while true; do sleep 1; done", "Never")?;
+    wait_for("it to be deaf", POD, || Ok(pod.logs().is_ok_and(|log| log.contains("deaf")).then_some(())))?;
+    pod.delete()
+}
+
+#[test]
+fn container_that_forks_reaches_its_pids_limit_alone() -> anyhow::Result<()> {
+    let lab = &ready_lab();
+    // Each child lives on; the shell says when it cannot make another.
+    let script = "i=0; while [ $i -lt 100000 ]; do sleep 1000 & i=$((i+1)); done; echo no limit";
+    let pod = shell_pod(lab, "forks", script, "Never")?;
+    wait_for("the limit", POD, || Ok(pod.logs().is_ok_and(|log| log.contains("fork")).then_some(())))?;
+    let log = pod.logs()?;
+    ensure!(!log.contains("no limit"), "{log}");
+    // The guest still answers, and other pods never noticed.
+    let other = shell_pod(lab, "beside-forks", "echo fine", "Never")?;
+    other.wait_phase("Succeeded")?;
+    pod.delete()
+}
+
+#[test]
+fn container_that_fills_its_writable_layer_gets_enospc() -> anyhow::Result<()> {
+    let lab = &ready_lab();
+    let pod = apply_pod(
+        lab,
+        "fills",
+        &format!(
+            "  restartPolicy: Never
+  containers:
+  - name: main
+    image: {BUSYBOX}
+    command: [/bin/sh, -c, 'dd if=/dev/zero of=/full bs=1M count=200000 seek=0 2>&1 | head -n 3; df / | tail -n 1; rm /full; echo freed > /after && cat /after']
+    resources: {{limits: {{ephemeral-storage: 64Mi}}}}
+"
+        ),
+    )?;
+    wait_for("its end", POD, || {
+        let phase = pod.field("{.status.phase}")?;
+        Ok(["Succeeded", "Failed"].contains(&phase.as_str()).then_some(()))
+    })?;
+    let log = pod.logs()?;
+    ensure!(log.contains("No space left on device") && log.ends_with("freed\n"), "{log}");
+    Ok(())
+}
+
+#[test]
+fn log_without_line_ends_is_rotated() -> anyhow::Result<()> {
+    let lab = &ready_lab();
+    let mib = if long() { 1024 } else { 48 };
+    let script = format!("head -c {mib}M /dev/zero | tr '\\0' x; echo; echo end; sleep 1000000");
+    let pod = shell_pod(lab, "gigabyte", &script, "Never")?;
+    pod.wait_phase("Running")?;
+    let uid = pod.field("{.metadata.uid}")?;
+    let most = Duration::from_secs(if long() { 1800 } else { 240 });
+    wait_for("the last line", most, || {
+        Ok(lab
+            .supervisor
+            .kubectl(&["logs", "gigabyte", "--tail=1"])
+            .is_ok_and(|out| out.stdout == "end\n")
+            .then_some(()))
+    })?;
+    // 10 MiB each, five of them, and what is written between two looks.
+    let directory = format!("/data/log/pods/default_gigabyte_{uid}/main");
+    let files = lab.inspector().sizes(&directory)?;
+    let total: u64 = files.values().sum();
+    ensure!(files.len() <= 6 && total < 128 << 20, "{files:?}");
+    Ok(())
+}
+
+#[test]
+fn exec_into_a_dead_container_says_so() -> anyhow::Result<()> {
+    let lab = &ready_lab();
+    let pod = shell_pod(lab, "dead", "true", "Never")?;
+    pod.wait_phase("Succeeded")?;
+    let output = lab.supervisor.kubectl(&["exec", "dead", "--", "true"])?;
+    ensure!(output.code != 0 && !output.stderr.trim().is_empty(), "{output:?}");
+    Ok(())
+}
+
+/// Descriptors and threads of the services that carry an exec.
+fn load(inventory: &Inventory) -> Vec<(String, u64, u64)> {
+    let of = |process: &Process| (process.name.clone(), process.descriptors, process.threads);
+    let carriers = ["atoll-agent", "atoll-runtime"];
+    inventory.processes.iter().filter(|p| carriers.contains(&p.name.as_str())).map(of).collect()
+}
+
+#[test]
+fn client_that_disappears_from_its_exec_leaves_no_process() -> anyhow::Result<()> {
+    let lab = &ready_lab();
+    let pod = shell_pod(lab, "disappears", "sleep 1000000", "Never")?;
+    pod.wait_phase("Running")?;
+    let mut exec = Background::spawn(
+        "kubectl exec",
+        &mut lab.supervisor.kubectl_command(&[
+            "exec",
+            "-i",
+            "disappears",
+            "--",
+            "sh",
+            "-c",
+            "touch /tmp/here; exec sleep 4711",
+        ]),
+        &lab.directory().join("disappears.log"),
+    )?;
+    let running = || Ok::<_, anyhow::Error>(pod.exec(&["ps"])?.contains("sleep 4711"));
+    wait_for("the exec to run", POD, || Ok(running()?.then_some(())))?;
+    exec.kill();
+    wait_for("its process to end", POD, || Ok((!running()?).then_some(())))
+}
+
+#[test]
+fn many_execs_in_a_row_leak_nothing() -> anyhow::Result<()> {
+    let lab = &crate::shared::alone();
+    let pod = shell_pod(lab, "execs", "sleep 1000000", "Never")?;
+    pod.wait_phase("Running")?;
+    let host = lab.inspector();
+    let round = |count: u32| (0..count).try_for_each(|_| pod.exec(&["true"]).map(drop));
+    // What is made once, as connections that are kept, is made by the first ones.
+    round(5)?;
+    let before = load(&host.inventory()?);
+    round(if long() { 200 } else { 20 })?;
+    wait_for("descriptors and threads to be as before", POD, || {
+        let now = load(&host.inventory()?);
+        let same = before.iter().zip(&now).all(|(b, n)| n.1 <= b.1 + 3 && n.2 <= b.2 + 2);
+        Ok((same && before.len() == now.len()).then_some(()))
+    })?;
+    ensure!(pod.exec(&["ps"])?.lines().count() <= 4, "processes are left in the guest");
+    Ok(())
+}

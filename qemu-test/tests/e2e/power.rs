@@ -1,0 +1,197 @@
+//! Power cut at any moment: QEMU is killed where it stands and booted again, and everything is right.
+
+use crate::shared::{lab, long};
+use anyhow::{Context, ensure};
+use atoll_qemu_test::artifacts::Profile;
+use atoll_qemu_test::inspect::{Inspector, Step};
+use atoll_qemu_test::lab::{BUSYBOX, Lab, node_name};
+use atoll_qemu_test::machine::Machine;
+use atoll_qemu_test::oci::{Image, Layer};
+use atoll_qemu_test::process::wait_for;
+use serde_json::json;
+use std::time::Duration;
+
+const INDEX: usize = 5;
+const POD: &str = "cut";
+const DEADLINE: Duration = Duration::from_secs(300);
+
+/// When the power goes.
+#[derive(Debug, Clone, Copy)]
+enum Moment {
+    /// This long after power-on: firmware, boot phases, join.
+    Boot(Duration),
+    /// When the pod is at a step.
+    Step(Step),
+    /// This long after its deletion was asked for.
+    Delete(Duration),
+}
+
+/// Moments in an order that differs from seed to seed; every kind comes up within a few.
+fn moment(random: &mut u64) -> Moment {
+    // Xorshift (Marsaglia 2003): enough to scatter, and the same again from the same seed.
+    *random ^= *random << 13;
+    *random ^= *random >> 7;
+    *random ^= *random << 17;
+    let pick = *random >> 33;
+    let span = |most_ms: u64| Duration::from_millis((*random >> 11) % most_ms);
+    match pick % 7 {
+        0 | 1 => Moment::Boot(span(25_000)),
+        2 => Moment::Step(Step::Launching),
+        3 => Moment::Step(Step::Pulling),
+        4 => Moment::Step(Step::Created),
+        5 => Moment::Step(Step::Running),
+        _ => Moment::Delete(span(3_000)),
+    }
+}
+
+/// An image of its own for each round, so that there is always something to pull.
+fn push_image(lab: &Lab, round: u32) -> anyhow::Result<()> {
+    let mut noise = vec![0_u8; 4 << 20];
+    let mut state = u64::from(round) | 1;
+    for byte in &mut noise {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        *byte = (state >> 56) as u8;
+    }
+    let busybox = std::fs::read("/bin/busybox").context("cannot read /bin/busybox: ./just setup")?;
+    let layer = Layer::default().directory("bin", 0o755)?.file("bin/busybox", 0o755, &busybox)?;
+    let layer = layer.symlink("bin/sh", "busybox")?.symlink("bin/sleep", "busybox")?;
+    let filling = Layer::default().file("noise", 0o644, &noise)?;
+    lab.registry.push("cut", &round.to_string(), &Image::new(vec![layer, filling], json!({}))?).map(drop)
+}
+
+fn apply(lab: &Lab, name: &str, image: &str) -> anyhow::Result<()> {
+    lab.supervisor.apply(&format!(
+        "apiVersion: v1
+kind: Pod
+metadata: {{name: {name}}}
+spec:
+  nodeName: {}
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: main
+    image: {image}
+    command: [/bin/sh, -c, 'echo ran; sleep 1000000']
+",
+        node_name(INDEX)
+    ))
+}
+
+/// Waits for the moment and cuts.
+fn cut(lab: &Lab, machine: &mut Machine, host: &Inspector, moment: Moment, round: u32) -> anyhow::Result<()> {
+    match moment {
+        Moment::Boot(after) => {
+            let at = std::time::Instant::now() + after;
+            wait_for("the moment", after * 2 + Duration::from_secs(1), || {
+                Ok((std::time::Instant::now() >= at).then_some(()))
+            })?;
+        }
+        Moment::Step(step) => {
+            lab.wait_ready(machine, INDEX)?;
+            push_image(lab, round)?;
+            apply(lab, POD, &format!("registry.lab:5000/cut:{round}"))?;
+            host.at(POD, step, DEADLINE, None)?;
+        }
+        Moment::Delete(after) => {
+            lab.wait_ready(machine, INDEX)?;
+            apply(lab, POD, BUSYBOX)?;
+            lab.supervisor.wait_field("pod", POD, "{.status.phase}", "Running", DEADLINE)?;
+            lab.supervisor.kubectl_ok(&["delete", "pod", POD, "--wait=false"])?;
+            let at = std::time::Instant::now() + after;
+            wait_for("the moment", after * 2 + Duration::from_secs(1), || {
+                Ok((std::time::Instant::now() >= at).then_some(()))
+            })?;
+        }
+    }
+    machine.power_cut();
+    Ok(())
+}
+
+/// After the boot: Ready, the pod that stays runs again with the work of one container, the pod that was cut is what
+/// the API says it should be, no file system complained, nothing is left over.
+fn all_is_right(lab: &Lab, machine: &mut Machine, host: &Inspector, from: usize) -> anyhow::Result<()> {
+    // The node object still says Ready of before the cut; the host's own word counts.
+    machine.serial.expect("host is up", from, DEADLINE)?;
+    let boot_id = host_boot_id(host)?;
+    let node = node_name(INDEX);
+    lab.supervisor.wait_field("node", &node, "{.status.nodeInfo.bootID}", &boot_id, DEADLINE)?;
+    lab.wait_ready(machine, INDEX)?;
+    for pod in ["stays", POD] {
+        let wanted = lab.supervisor.field("pod", pod, "{.metadata.deletionTimestamp}{.metadata.name}")?;
+        if wanted == pod {
+            wait_for("the pod to run in this boot", DEADLINE, || {
+                let running = host.inventory()?.sandboxes.iter().any(|s| {
+                    s.pod == pod && s.phase == "ready" && s.containers.iter().any(|c| c == "running")
+                });
+                Ok(running.then_some(()))
+            })
+            .with_context(|| describe(lab, pod))?;
+            lab.supervisor.wait_field(
+                "pod",
+                pod,
+                "{.status.conditions[?(@.type==\"Ready\")].status}",
+                "True",
+                DEADLINE,
+            )?;
+            let log = lab.supervisor.kubectl_ok(&["logs", pod])?;
+            ensure!(log == "ran\n", "{pod} said {log:?}");
+        } else {
+            wait_for("the deleted pod to be gone", DEADLINE, || {
+                Ok(lab.supervisor.field("pod", pod, "{.metadata.name}")?.is_empty().then_some(()))
+            })
+            .with_context(|| describe(lab, pod))?;
+        }
+    }
+    let text = machine.serial.text();
+    let console = text.get(from..).unwrap_or_default();
+    for bad in ["EXT4-fs error", "I/O error", "panicked", "state.json"] {
+        if let Some(line) = console.lines().find(|line| line.contains(bad)) {
+            anyhow::bail!("the console says {line:?}");
+        }
+    }
+    host.nothing_leaked()
+}
+
+fn describe(lab: &Lab, pod: &str) -> String {
+    lab.supervisor.kubectl_ok(&["describe", "pod", pod]).unwrap_or_default()
+}
+
+fn host_boot_id(host: &Inspector) -> anyhow::Result<String> {
+    Ok(host.read("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+}
+
+#[test]
+fn power_cuts_at_random_moments_lose_nothing() -> anyhow::Result<()> {
+    let (artifacts, lab) = lab();
+    let cuts = if long() { 50 } else { 3 };
+    let seed = std::env::var("ATOLL_SEED")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or_else(|| std::time::UNIX_EPOCH.elapsed().map_or(1, |since| since.as_secs()));
+    println!("ATOLL_SEED={seed}");
+    let mut random = seed | 1;
+    let mut machine = lab.boot_host(artifacts, Profile::Test, INDEX)?;
+    let host = Inspector::new(&machine.address())?;
+    lab.wait_ready(&mut machine, INDEX)?;
+    apply(lab, "stays", BUSYBOX)?;
+    lab.supervisor.wait_field("pod", "stays", "{.status.phase}", "Running", DEADLINE)?;
+    for round in 1..=cuts {
+        let moment = moment(&mut random);
+        println!("cut {round}: {moment:?}");
+        cut(lab, &mut machine, &host, moment, round)
+            .with_context(|| format!("ATOLL_SEED={seed}, before cut {round} ({moment:?})"))?;
+        let from = machine.serial.position();
+        machine = machine.boot_again()?;
+        // The next cut may come before this boot is through; the last one never does.
+        let next_is_early = matches!(moment, Moment::Boot(_)) && round % 2 == 1 && round != cuts;
+        if next_is_early {
+            continue;
+        }
+        all_is_right(lab, &mut machine, &host, from)
+            .with_context(|| format!("ATOLL_SEED={seed}, after cut {round} ({moment:?})"))?;
+        lab.supervisor.kubectl_ok(&["delete", "pod", POD, "--ignore-not-found"])?;
+    }
+    lab.supervisor.kubectl_ok(&["delete", "pod", "stays"])?;
+    machine.press_power_button()?;
+    machine.wait_off(Duration::from_secs(120))?;
+    lab.supervisor.kubectl_ok(&["delete", "node", &node_name(INDEX)]).map(drop)
+}
