@@ -4,7 +4,7 @@
 //! not state, so they carry serde derives here instead of having a twin in `recover`. Invariant: never changed after
 //! creation, except limits by UpdateContainerResources.
 
-use atoll_spec::guest::Limits;
+use atoll_spec::guest::{Limits, SystemCalls};
 use atoll_spec::units::MiB;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -229,6 +229,9 @@ pub struct ContainerSpec {
     pub drop_capabilities: Vec<String>,
     /// Set no_new_privs.
     pub no_new_privileges: bool,
+    /// Which system calls it may make.
+    #[serde(default)]
+    pub system_calls: SystemCalls,
     /// No writable layer.
     pub read_only_root: bool,
     /// Paths to hide.

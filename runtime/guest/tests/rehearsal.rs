@@ -92,6 +92,29 @@ fn users_groups_and_working_directories() {
 }
 
 #[test]
+fn the_default_filter_takes_system_calls_away_and_the_capabilities_stay() {
+    if !possible() {
+        return;
+    }
+    let mut peer = Peer::start(config());
+    // A user namespace needs no capability: what refuses it is the filter.
+    let script =
+        "grep -c '^Seccomp:.*2' /proc/self/status; unshare -U true && echo may; mknod /n c 1 3 && echo made";
+    let mut spec = container("c1", &sh(script));
+    spec.process.system_calls = SystemCalls::Default;
+    // Setuid programs go on working.
+    spec.process.no_new_privileges = false;
+    let (output, _) = peer.run_to_end(spec);
+    assert_eq!(output.stdout, "1\nmade\n", "{}", output.stderr);
+    assert!(output.stderr.contains("not permitted"), "{}", output.stderr);
+    let (output, _) = peer.run_to_end(container(
+        "c2",
+        &sh("grep -c '^Seccomp:.*2' /proc/self/status; unshare -U true && echo may"),
+    ));
+    assert_eq!(output.stdout, "0\nmay\n", "{}", output.stderr);
+}
+
+#[test]
 fn mounts_show_what_they_should() {
     if !possible() {
         return;

@@ -17,6 +17,7 @@ use atoll_cri::v1::{
     StartContainerRequest, StartContainerResponse, StopContainerRequest, StopContainerResponse,
     UpdateContainerResourcesRequest, UpdateContainerResourcesResponse,
 };
+use atoll_spec::guest::SystemCalls;
 use std::collections::HashMap;
 use std::time::Duration;
 use tonic::Status;
@@ -318,6 +319,10 @@ fn container_spec(config: ContainerConfig) -> Result<ContainerSpec, Status> {
     }
     check_profiles(&name.name, &security)?;
     let user = user(&security)?;
+    let system_calls = match security.seccomp.as_ref().map(|p| p.profile_type()) {
+        Some(ProfileType::RuntimeDefault) => SystemCalls::Default,
+        _ => SystemCalls::Any,
+    };
     let capabilities = security.capabilities.unwrap_or_default();
     let mut add = capabilities.add_capabilities;
     add.extend(capabilities.add_ambient_capabilities);
@@ -344,6 +349,7 @@ fn container_spec(config: ContainerConfig) -> Result<ContainerSpec, Status> {
         add_capabilities: add,
         drop_capabilities: capabilities.drop_capabilities,
         no_new_privileges: security.no_new_privs,
+        system_calls,
         read_only_root: security.readonly_rootfs,
         masked_paths: security.masked_paths,
         read_only_paths: security.readonly_paths,

@@ -234,6 +234,7 @@ pub fn random_hex() -> Result<String> {
 pub(crate) mod tests {
     use super::*;
     use crate::spec::{Map, UserSpec};
+    use atoll_spec::guest::SystemCalls;
 
     /// A container that asks for nothing.
     pub fn container_spec() -> ContainerSpec {
@@ -259,6 +260,7 @@ pub(crate) mod tests {
             add_capabilities: vec![],
             drop_capabilities: vec![],
             no_new_privileges: false,
+            system_calls: SystemCalls::Any,
             read_only_root: false,
             masked_paths: vec![],
             read_only_paths: vec![],

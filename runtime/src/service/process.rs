@@ -107,6 +107,7 @@ pub fn container_process(
         tty: spec.tty,
         capabilities: capabilities(&spec.add_capabilities, &spec.drop_capabilities)?,
         no_new_privileges: spec.no_new_privileges,
+        system_calls: spec.system_calls,
         oom_score_adj: spec.resources.oom_score_adj.clamp(-1000, 1000) as i32,
     })
 }

@@ -101,6 +101,20 @@ pub struct Process {
     pub no_new_privileges: bool,
     /// For the guest's OOM killer, -1000 to 1000.
     pub oom_score_adj: i32,
+    /// Which system calls it may make.
+    #[serde(default)]
+    pub system_calls: SystemCalls,
+}
+
+/// Which system calls a process may make.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SystemCalls {
+    /// Whatever the guest's kernel has.
+    #[default]
+    Any,
+    /// Without those that a container has no business with.
+    Default,
 }
 
 /// User of a process.

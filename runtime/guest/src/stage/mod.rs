@@ -6,13 +6,14 @@
 //! its plan until it is in its cgroup, and reports over the socket that is its standard input.
 //!
 //! ```text
-//! plan ─► namespaces ─► mount tree ─► pivot ─► terminal ─► who (user, groups, capabilities) ─► execve
+//! plan ─► namespaces ─► mount tree ─► pivot ─► terminal ─► system calls ─► who (user, groups, capabilities) ─► execve
 //! ```
 
 mod command;
 mod filesystem;
 mod identity;
 pub mod plan;
+mod syscalls;
 
 use crate::error::{Context as _, Failure, Result};
 use crate::sys;
@@ -70,6 +71,7 @@ fn run(control: &OwnedFd) -> std::result::Result<Never, Failure> {
     identity::own_stdio(&stdio.0, who.uid)?;
     command::change_directory(&process.cwd)?;
     let prepared = command::Prepared::new(&process, &who)?;
+    syscalls::confine(&process)?;
     identity::assume(&who, &process)?;
     connect_stdio(stdio)?;
     let program = prepared.find()?;

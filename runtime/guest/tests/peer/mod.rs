@@ -113,6 +113,7 @@ pub fn process(args: &[&str]) -> Process {
         tty: false,
         capabilities: ["CAP_CHOWN", "CAP_MKNOD", "CAP_SETUID", "CAP_KILL"].map(String::from).to_vec(),
         no_new_privileges: true,
+        system_calls: SystemCalls::Any,
         oom_score_adj: 100,
     }
 }
