@@ -58,10 +58,7 @@ fn answer(request: &Request) -> anyhow::Result<Reply> {
             Reply::Done(now_ms())
         }
         Request::At { pod, step, deadline_ms, then } => {
-            wait_at(pod, *step, Duration::from_millis(*deadline_ms))?;
-            if let Some((target, signal)) = then {
-                send(target, *signal)?;
-            }
+            wait_at(pod, *step, Duration::from_millis(*deadline_ms), then.as_ref())?;
             Reply::Done(now_ms())
         }
         Request::Read { path } => Reply::Text(end_of(path)?),
@@ -154,10 +151,17 @@ fn stat_of(pid: i32) -> Option<(char, i32, String)> {
     Some((state, rest.next()?.parse().ok()?, text[start + 1..end].to_owned()))
 }
 
-fn wait_at(pod: &str, step: Step, deadline: Duration) -> anyhow::Result<()> {
+/// Waits for the step and for the target, which may be between two of its lives, and signals it.
+fn wait_at(pod: &str, step: Step, deadline: Duration, then: Option<&(Target, i32)>) -> anyhow::Result<()> {
     let started = Instant::now();
-    while !is_at(pod, step) {
-        if started.elapsed() > deadline {
+    loop {
+        if is_at(pod, step) {
+            match then.map(|(target, signal)| send(target, *signal)) {
+                None | Some(Ok(())) => return Ok(()),
+                Some(Err(error)) if started.elapsed() > deadline => return Err(error),
+                Some(Err(_)) => {}
+            }
+        } else if started.elapsed() > deadline {
             bail!(
                 "pod {pod} was not seen at {step:?} within {} s; it is {:?}",
                 deadline.as_secs(),
@@ -166,7 +170,6 @@ fn wait_at(pod: &str, step: Step, deadline: Duration) -> anyhow::Result<()> {
         }
         std::thread::sleep(LOOK);
     }
-    Ok(())
 }
 
 fn is_at(pod: &str, step: Step) -> bool {

@@ -34,9 +34,11 @@ fn runs_once(lab: &Shared, pod: &Pod) -> anyhow::Result<()> {
         ensure!(count < 2, "{} has {count} sandboxes at once: {sandboxes:?}", pod.name);
         Ok((count == 1).then_some(()))
     })?;
-    let log = pod.logs()?;
-    ensure!(log == "ran\n", "the container of {} said {log:?}", pod.name);
-    Ok(())
+    wait_for("the container's one line", POD, || {
+        let log = pod.logs()?;
+        ensure!(log.is_empty() || log == "ran\n", "the container of {} said {log:?}", pod.name);
+        Ok((!log.is_empty()).then_some(()))
+    })
 }
 
 /// Sends `signal` to `target` while the pod is at `step` of its way up, and sees it through.
@@ -51,9 +53,15 @@ fn survives_on_the_way_up(
     let pod = talker(lab, name)?;
     host.at(name, step, POD, Some((target.clone(), signal)))?;
     resume(lab, target, signal)?;
+    if matches!((target, signal), (Target::Vmm(_), KILL)) {
+        // What the API says is of the life before, until the agent has seen its end.
+        host.at(name, Step::Launching, POD, None)?;
+        pod.wait_field("{.status.conditions[?(@.type==\"Ready\")].status}", "False")?;
+    }
     runs_once(lab, &pod)?;
     let restarts = pod.field("{.status.containerStatuses[0].restartCount}")?;
-    if !matches!(target, Target::Vmm(_)) {
+    // A container that was made and not started is made anew, which counts, here as in every Kubernetes node.
+    if !matches!(target, Target::Vmm(_)) && !matches!(step, Step::Created) {
         ensure!(restarts == "0", "{name} was restarted {restarts} times although its microVM lived");
     }
     pod.delete()?;
@@ -143,9 +151,8 @@ fn dead_vm_is_seen_within_two_seconds() -> anyhow::Result<()> {
     let killed = host.signal(Target::Vmm("dead-vm".into()), KILL)?;
     let seen = host.at("dead-vm", Step::Stopped, POD, None)?;
     ensure!(seen - killed <= 2000, "the runtime saw it after {} ms", seen - killed);
-    runs_once(lab, &pod)?;
-    assert_eq!(pod.field("{.status.containerStatuses[0].restartCount}")?, "1");
-    Ok(())
+    pod.wait_field("{.status.containerStatuses[0].restartCount}", "1")?;
+    runs_once(lab, &pod)
 }
 
 #[test]
@@ -156,7 +163,7 @@ fn job_runs_once_although_everything_is_killed() -> anyhow::Result<()> {
         let pod = shell_pod(lab, &job, "echo ran; sleep 2; echo done", "Never")?;
         lab.inspector().at(&job, Step::Running, POD, Some((service(name), KILL)))?;
         pod.wait_phase("Succeeded")?;
-        assert_eq!(pod.logs()?, "ran\ndone\n");
+        assert_eq!(pod.logs()?, "ran\ndone\n", "of {job}");
         assert_eq!(pod.field("{.status.containerStatuses[0].restartCount}")?, "0");
     }
     Ok(())

@@ -75,6 +75,7 @@ impl Owner {
             stdio_stream,
             stdio: Some(stdio),
             console: None,
+            reopening: false,
             ending: None,
             exited: watch::Sender::new(false),
             remove_waiters: Vec::new(),
@@ -205,8 +206,12 @@ impl Owner {
             return;
         }
         container.ending = Some(ended(exit));
-        // A container that is being started gets its console first: `container_started` goes on.
-        if !matches!(container.phase, ContainerPhase::Starting) {
+        if matches!(container.phase, ContainerPhase::Starting) || container.reopening {
+            return; // it gets its console first: `container_started` or `console_back` goes on
+        }
+        // It ended while the runtime was away: what it said since then still waits in the guest.
+        let sandbox = container.sandbox.clone();
+        if container.console.is_some() || !self.reopen_console(&sandbox, id) {
             self.finish_ending(id);
         }
     }
@@ -388,21 +393,34 @@ impl Owner {
                 }
                 GuestPhase::Running { .. } => {
                     self.move_container(&state.container, &ContainerEvent::Started { at_ns: unix_ns() });
-                    self.reopen_console(sandbox, &state.container);
+                    // Whether it was open already makes no difference here.
+                    let _ = self.reopen_console(sandbox, &state.container);
                 }
                 GuestPhase::Created => {}
             }
         }
     }
 
-    fn reopen_console(&mut self, sandbox: &SandboxId, id: &ContainerId) {
+    /// Opens the stdio of a container again, in a job, unless it is open or there is no guest; whether it does.
+    fn reopen_console(&mut self, sandbox: &SandboxId, id: &ContainerId) -> bool {
         let vm = self.sandboxes.get(sandbox).and_then(|s| s.vm.clone());
-        let (Some(vm), Some(container)) = (vm, self.containers.get(id)) else { return };
-        if container.console.as_ref().is_some_and(|c| !c.is_drained()) {
-            return;
+        let (Some(vm), Some(container)) = (vm, self.containers.get_mut(id)) else { return false };
+        if container.reopening || container.console.as_ref().is_some_and(|c| !c.is_drained()) {
+            return false;
         }
+        container.reopening = true;
         let (id, log_path, tty) = (id.clone(), container.log_path.clone(), container.spec.tty);
         self.jobs.spawn(jobs::reopen_stdio(vm, id, log_path, tty));
+        true
+    }
+
+    pub(super) fn console_back(&mut self, id: &ContainerId, console: Option<Arc<Console>>) {
+        let Some(container) = self.containers.get_mut(id) else { return };
+        container.reopening = false;
+        container.console = console;
+        if container.ending.is_some() {
+            self.finish_ending(id);
+        }
     }
 }
 

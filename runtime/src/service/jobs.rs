@@ -304,10 +304,10 @@ pub(super) async fn reopen_stdio(
         Ok::<_, Error>(Console::start(stream, tty, log))
     };
     match reopen.await {
-        Ok(console) => Done::ConsoleBack(id, console),
+        Ok(console) => Done::ConsoleBack(id, Some(console)),
         Err(error) => {
             tracing::warn!(container = %id, %error, "cannot open the output of a container again");
-            Done::Nothing
+            Done::ConsoleBack(id, None)
         }
     }
 }

@@ -71,6 +71,8 @@ pub(super) struct Container {
     pub stdio_stream: u64,
     pub stdio: Option<Expected>,
     pub console: Option<Arc<Console>>,
+    /// The console is being opened again, after a restart of the runtime.
+    pub reopening: bool,
     /// The guest has told its end; its last output is being written.
     pub ending: Option<Ended>,
     /// Tells jobs that wait for its end.
@@ -90,7 +92,7 @@ pub(super) enum Done {
     ContainerRemoved(ContainerId, Result<()>),
     LimitsChanged(ContainerId, Box<crate::spec::Resources>, Result<()>, Reply<()>),
     Reconciled(SandboxId, Vec<ContainerState>),
-    ConsoleBack(ContainerId, Arc<Console>),
+    ConsoleBack(ContainerId, Option<Arc<Console>>),
     NetworkInstalled(Result<()>, Option<Reply<()>>),
     Nothing,
 }
@@ -200,11 +202,7 @@ impl Owner {
                 self.limits_changed(&id, *resources, result, reply)
             }
             Done::Reconciled(id, states) => self.reconciled(&id, &states),
-            Done::ConsoleBack(id, console) => {
-                if let Some(container) = self.containers.get_mut(&id) {
-                    container.console = Some(console);
-                }
-            }
+            Done::ConsoleBack(id, console) => self.console_back(&id, console),
             Done::NetworkInstalled(result, reply) => self.network_installed(result, reply),
             Done::Nothing => {}
         }

@@ -116,6 +116,8 @@ impl PhaseRecord {
     }
 }
 
+/// Replaced whole, but not synced: a record matters while its VM lives, and a power cut ends every VM. What a cut leaves
+/// of a record that was never written before is unreadable, and its sandbox is cleared away as one without a record.
 fn replace(path: &Path, content: &[u8]) -> Result<()> {
     let new = path.with_extension("new");
     fs::write(&new, content).map_err(Error::io("write", &new))?;
@@ -351,6 +353,7 @@ fn restore(record: Record) -> (Sandbox, Vec<Container>) {
         stdio_stream: c.stdio_stream,
         stdio: None,
         console: None,
+        reopening: false,
         ending: None,
         exited: watch::Sender::new(false),
         remove_waiters: Vec::new(),
