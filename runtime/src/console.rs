@@ -5,9 +5,11 @@
 //! longer.
 
 use crate::error::{Error, Result};
-use crate::logs::{Finished, LogWriter, Source};
+use crate::logs::{Finished, LogWriter, Source, Written};
+use crate::vm::guest::GuestLink;
 use crate::vm::wire::{self, GuestStream};
-use atoll_spec::guest::Channel;
+use atoll_spec::guest::{Call, Channel, OUTPUT_WINDOW};
+use atoll_spec::ids::ContainerId;
 use bytes::Bytes;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -16,6 +18,13 @@ use tokio::sync::{mpsc, watch};
 
 /// How long a session may leave output unread.
 const SLOW_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Output acknowledged at once when there is much: a quarter of what the guest keeps.
+const RECEIPT_BYTES: u64 = OUTPUT_WINDOW as u64 / 4;
+/// How long less than that may wait.
+const RECEIPT_PAUSE: Duration = Duration::from_millis(100);
+/// Time for a receipt.
+const RECEIPT_DEADLINE: Duration = Duration::from_secs(20);
 
 /// Bytes read at once: small packets would cost several system calls each.
 const BUFFER: usize = 32 << 10;
@@ -31,6 +40,52 @@ pub enum Output {
 
 type Writer = WriteHalf<GuestStream>;
 
+/// Where to acknowledge output, so that the guest need not keep it for the next runtime.
+pub struct Receipts {
+    /// The guest.
+    pub link: Arc<GuestLink>,
+    /// The container.
+    pub container: ContainerId,
+    /// Number of the stream.
+    pub stream: u64,
+}
+
+impl Receipts {
+    /// Acknowledges what is in the log until no more comes.
+    async fn send(self, mut written: watch::Receiver<Written>) {
+        let mut sent = Written::default();
+        loop {
+            let mut open = written.changed().await.is_ok();
+            if open {
+                // Many lines, one receipt. Waiting longer than this gains little.
+                let enough = written.wait_for(|now| now.total() - sent.total() >= RECEIPT_BYTES);
+                open = !matches!(tokio::time::timeout(RECEIPT_PAUSE, enough).await, Ok(Err(_)));
+            }
+            let now = *written.borrow_and_update();
+            if now != sent {
+                let Written { stdout, stderr } = now;
+                let (container, stream) = (self.container.clone(), self.stream);
+                let call = Call::AckOutput { container, stream, stdout, stderr };
+                // Without it the guest keeps the output for longer, or for ever when it is gone.
+                if self.link.call(call, RECEIPT_DEADLINE).await.is_ok() {
+                    sent = now;
+                }
+            }
+            if !open {
+                return;
+            }
+        }
+    }
+}
+
+/// Where output goes.
+struct Sink {
+    log: Option<LogWriter>,
+    finished: Option<Finished>,
+    /// Counts what comes while there is no log.
+    read: watch::Sender<Written>,
+}
+
 /// The stdio of one container.
 pub struct Console {
     sessions: Mutex<Vec<mpsc::Sender<Output>>>,
@@ -41,10 +96,20 @@ pub struct Console {
 
 impl Console {
     /// Takes the guest's stream; `log` gets what comes out. A terminal has no error output.
-    pub fn start(stream: GuestStream, tty: bool, log: Option<(LogWriter, Finished)>) -> Arc<Self> {
+    pub fn start(
+        stream: GuestStream,
+        tty: bool,
+        log: Option<(LogWriter, Finished)>,
+        receipts: Receipts,
+    ) -> Arc<Self> {
         let (from, to) = tokio::io::split(stream);
         let from = BufReader::with_capacity(BUFFER, from);
         let (writer, finished) = log.unzip();
+        // Without a log, what was read is as safe as it will ever be.
+        let (read, unlogged) = watch::channel(Written::default());
+        let written = writer.as_ref().map_or(unlogged, LogWriter::written);
+        // Ends with the writer, or with the reader.
+        tokio::spawn(receipts.send(written));
         let console = Arc::new(Self {
             sessions: Mutex::default(),
             input: tokio::sync::Mutex::new(Some(to)),
@@ -53,17 +118,12 @@ impl Console {
         });
         // Ends with the stream.
         let outputs = if tty { 1 } else { 2 };
-        tokio::spawn(console.clone().read(from, outputs, writer, finished));
+        tokio::spawn(console.clone().read(from, outputs, Sink { log: writer, finished, read }));
         console
     }
 
-    async fn read(
-        self: Arc<Self>,
-        mut from: BufReader<ReadHalf<GuestStream>>,
-        mut open: u8,
-        log: Option<LogWriter>,
-        finished: Option<Finished>,
-    ) {
+    async fn read(self: Arc<Self>, mut from: BufReader<ReadHalf<GuestStream>>, mut open: u8, sink: Sink) {
+        let Sink { log, finished, read } = sink;
         while open > 0 {
             let (source, data) = match wire::read_packet(&mut from).await {
                 Ok(Some((Channel::Stdout, data))) => (Source::Stdout, data),
@@ -84,6 +144,8 @@ impl Console {
             }
             if let Some(log) = &log {
                 log.data(source, data.clone()).await;
+            } else {
+                read.send_modify(|read| read.count(source, data.len() as u64));
             }
             self.show(source, data).await;
         }

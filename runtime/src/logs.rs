@@ -9,7 +9,7 @@ use bytes::Bytes;
 use std::os::unix::fs::{MetadataExt, fchown, lchown};
 use std::path::{Path, PathBuf};
 use tokio::io::AsyncWriteExt;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 /// Longest message in one log line.
 pub const LINE_BYTES: usize = 16 * 1024;
@@ -68,6 +68,14 @@ impl Lines {
         }
     }
 
+    /// Bytes of a stream that wait for the end of their line.
+    fn held(&self, source: Source) -> u64 {
+        match source {
+            Source::Stdout => self.stdout.len() as u64,
+            Source::Stderr => self.stderr.len() as u64,
+        }
+    }
+
     /// Ends a stream: what was not ended by a newline becomes a line.
     pub fn end(&mut self, source: Source, time: &str, out: &mut Vec<u8>) {
         let held = match source {
@@ -97,10 +105,35 @@ enum Message {
     Reopen(oneshot::Sender<Result<()>>),
 }
 
+/// Bytes of output that are in the log.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Written {
+    /// Of output.
+    pub stdout: u64,
+    /// Of error output.
+    pub stderr: u64,
+}
+
+impl Written {
+    /// Counts more of one.
+    pub fn count(&mut self, source: Source, bytes: u64) {
+        match source {
+            Source::Stdout => self.stdout += bytes,
+            Source::Stderr => self.stderr += bytes,
+        }
+    }
+
+    /// Of both.
+    pub fn total(self) -> u64 {
+        self.stdout + self.stderr
+    }
+}
+
 /// Handle of a writer task; the task ends when all handles are gone, and has then written everything.
 #[derive(Clone)]
 pub struct LogWriter {
     sender: mpsc::Sender<Message>,
+    written: watch::Receiver<Written>,
 }
 
 /// Resolves when the writer has written everything and is gone.
@@ -111,8 +144,14 @@ impl LogWriter {
     pub async fn open(path: &Path) -> Result<(Self, Finished)> {
         let file = open(path).await?;
         let (sender, receiver) = mpsc::channel(64);
-        let task = tokio::spawn(write_all(path.to_owned(), file, receiver));
-        Ok((Self { sender }, task))
+        let (progress, written) = watch::channel(Written::default());
+        let task = tokio::spawn(write_all(path.to_owned(), file, receiver, progress));
+        Ok((Self { sender, written }, task))
+    }
+
+    /// How much is in the log; the channel closes when the writer has ended.
+    pub fn written(&self) -> watch::Receiver<Written> {
+        self.written.clone()
     }
 
     /// Output of the container. Waits while the disk is slow, which in turn slows the container down.
@@ -162,8 +201,14 @@ async fn open(path: &Path) -> Result<tokio::fs::File> {
     Ok(file)
 }
 
-async fn write_all(path: PathBuf, mut file: tokio::fs::File, mut messages: mpsc::Receiver<Message>) {
+async fn write_all(
+    path: PathBuf,
+    mut file: tokio::fs::File,
+    mut messages: mpsc::Receiver<Message>,
+    progress: watch::Sender<Written>,
+) {
     let mut lines = Lines::default();
+    let mut taken = Written::default();
     let mut out = Vec::new();
     let mut failed = false;
     let mut batch = Vec::new();
@@ -172,7 +217,10 @@ async fn write_all(path: PathBuf, mut file: tokio::fs::File, mut messages: mpsc:
         let time = now();
         for message in batch.drain(..) {
             match message {
-                Message::Data(source, data) => lines.feed(source, &data, &time, &mut out),
+                Message::Data(source, data) => {
+                    taken.count(source, data.len() as u64);
+                    lines.feed(source, &data, &time, &mut out);
+                }
                 Message::End(source) => lines.end(source, &time, &mut out),
                 Message::Reopen(reply) => {
                     failed = !flush(&path, &mut file, &mut out, failed).await;
@@ -181,6 +229,11 @@ async fn write_all(path: PathBuf, mut file: tokio::fs::File, mut messages: mpsc:
             }
         }
         failed = !flush(&path, &mut file, &mut out, failed).await;
+        // What was lost to a full disk counts too: it will not fit later either.
+        progress.send_replace(Written {
+            stdout: taken.stdout - lines.held(Source::Stdout),
+            stderr: taken.stderr - lines.held(Source::Stderr),
+        });
         for reply in reopened {
             let result = open(&path).await.map(|new| file = new);
             let _ = reply.send(result); // the caller may have given up
@@ -190,6 +243,7 @@ async fn write_all(path: PathBuf, mut file: tokio::fs::File, mut messages: mpsc:
         lines.end(source, &now(), &mut out);
     }
     flush(&path, &mut file, &mut out, failed).await;
+    progress.send_replace(taken);
 }
 
 /// Writes what is waiting; a full disk loses output rather than blocking the container for ever, and is told once.

@@ -84,6 +84,24 @@ async fn a_container_that_ignores_its_signal_is_killed_and_an_oom_is_seen() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn output_is_acknowledged_once_it_is_in_the_log() {
+    let fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let sandbox = client.sandbox("receipts").await;
+    let main = client.run(&sandbox, "main", &["echo", "hello"]).await;
+    let log = client.ended(&main).await.log_path;
+    assert!(std::fs::read_to_string(log).unwrap().contains("stdout F hello"));
+    let acknowledged = fixture.host.vmm(&sandbox).acknowledged;
+    // "hello\n" and, as error output, "oops\n".
+    let all = async {
+        while acknowledged.load(std::sync::atomic::Ordering::SeqCst) != 11 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), all).await.expect("the output was never acknowledged");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn exec_has_a_deadline() {
     let fixture = Fixture::new().await;
     let mut client = fixture.client().await;

@@ -27,11 +27,14 @@ use serde::{Deserialize, Serialize};
 /// Vsock port of the runtime on the host.
 pub const HOST_PORT: u32 = 1025;
 /// Version of this protocol; the runtime refuses a guest with another major version.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 /// Largest frame either side accepts, in bytes.
 pub const MAX_FRAME: usize = 1 << 20;
 /// Largest stream packet, in bytes.
 pub const MAX_PACKET: usize = 64 * 1024;
+/// Output of a container that the guest keeps until the host has it for certain, in bytes. With this much kept the
+/// container's output waits.
+pub const OUTPUT_WINDOW: usize = 256 * 1024;
 
 /// First frame of every connection, guest → host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -171,6 +174,18 @@ pub enum Call {
         container: ContainerId,
         /// The stream to dial.
         stream: u64,
+    },
+    /// What a container said on this stream is safe with the host, so far, and need not be said again on the next one.
+    /// Of a stream that is not the container's last one it is passed over.
+    AckOutput {
+        /// Which.
+        container: ContainerId,
+        /// The stream.
+        stream: u64,
+        /// Bytes of output, from the stream's start.
+        stdout: u64,
+        /// Bytes of error output.
+        stderr: u64,
     },
     /// Change cgroup limits.
     UpdateLimits {

@@ -17,9 +17,8 @@ use crate::process::{Launch, Launched, PidNamespace, launch};
 use crate::reap::Processes;
 use crate::rootfs::Root;
 use crate::stage::plan::{Plan, Tree};
-use crate::stdio::{Ports, Pump, Role};
+use crate::stdio::{Counts, Ports, Pump, Role, Stream};
 use crate::sys;
-use crate::transport::Connection;
 use atoll_spec::guest::{ContainerPhase, ContainerSpec, ContainerState, Event, Exit, MountSource, Usage};
 use atoll_spec::ids::ContainerId;
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -99,7 +98,7 @@ impl Container {
         self: &Arc<Self>,
         tree: Tree,
         shared: Option<Arc<OwnedFd>>,
-        stream: Connection,
+        stream: Stream,
         processes: &Processes,
         outbox: &Arc<Outbox>,
     ) -> Result<i32> {
@@ -121,7 +120,7 @@ impl Container {
         self: &Arc<Self>,
         tree: Tree,
         shared: Option<Arc<OwnedFd>>,
-        stream: Connection,
+        stream: Stream,
         processes: &Processes,
         outbox: &Arc<Outbox>,
     ) -> Result<i32> {
@@ -195,13 +194,21 @@ impl Container {
     }
 
     /// Gives its output to another stream.
-    pub fn connect(&self, stream: Connection) -> Result<()> {
+    pub fn connect(&self, stream: Stream) -> Result<()> {
         match &*self.pump.lock().unwrap_or_else(PoisonError::into_inner) {
             Some(pump) => {
                 pump.connect(stream);
                 Ok(())
             }
             None => Err(Failure::wrong_state(format!("container {} was not started", self.name()))),
+        }
+    }
+
+    /// The runtime has this much of what it said on this stream.
+    pub fn acknowledge(&self, number: u64, counts: Counts) {
+        // Without a pump nothing is kept.
+        if let Some(pump) = &*self.pump.lock().unwrap_or_else(PoisonError::into_inner) {
+            pump.acknowledge(number, counts);
         }
     }
 

@@ -5,9 +5,8 @@ use crate::error::{Context as _, Failure, Result};
 use crate::process::{Launch, Launched, PidNamespace, launch};
 use crate::reap::Processes;
 use crate::stage::plan::Plan;
-use crate::stdio::{Pump, Role};
+use crate::stdio::{Pump, Role, Stream};
 use crate::sys;
-use crate::transport::Connection;
 use atoll_spec::guest::ExecSpec;
 use atoll_spec::ids::ExecId;
 use std::collections::HashMap;
@@ -28,7 +27,7 @@ impl Execs {
         self: &Arc<Self>,
         spec: ExecSpec,
         container: &Container,
-        stream: Connection,
+        stream: Stream,
         processes: &Processes,
     ) -> Result<i32> {
         let pidfd = container.running()?;

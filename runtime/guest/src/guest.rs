@@ -15,6 +15,7 @@ use crate::process::{PidNamespace, spawn};
 use crate::reap::Processes;
 use crate::rootfs::Root;
 use crate::stage::plan::{PlannedMount, Source, Tree};
+use crate::stdio::{Counts, Stream};
 use crate::transport::Connection;
 use crate::volumes::{self, Volumes};
 use crate::{network, power, stats, sys};
@@ -103,6 +104,10 @@ impl Guest {
                 let container = self.containers.get(&container)?;
                 container.connect(self.dial(stream)?).map(done)
             }
+            Call::AckOutput { container, stream, stdout, stderr } => {
+                self.containers.get(&container)?.acknowledge(stream, Counts { stdout, stderr });
+                Ok(Reply::Done)
+            }
             Call::UpdateLimits { container, limits } => {
                 cgroup::check(&limits)?;
                 self.containers.get(&container)?.cgroup.limit(&limits).map(done)
@@ -138,11 +143,10 @@ impl Guest {
             .ok_or_else(|| Failure::wrong_state("the guest was not configured yet: call configure first"))
     }
 
-    fn dial(&self, stream: u64) -> Result<Connection> {
-        self.options
-            .peer
-            .dial(&Hello::Stream { stream })
-            .during(|| format!("open stream {stream} to the runtime"))
+    fn dial(&self, number: u64) -> Result<Stream> {
+        let connection = self.options.peer.dial(&Hello::Stream { stream: number });
+        let connection = connection.during(|| format!("open stream {number} to the runtime"))?;
+        Ok(Stream { connection, number })
     }
 
     fn configure(&self, config: GuestConfig) -> Result<()> {
@@ -307,7 +311,7 @@ impl Guest {
 
     fn publish(&self, tree: &str, stream: u64) -> Result<()> {
         let pod = self.pod()?;
-        let connection = self.dial(stream)?;
+        let Stream { connection, .. } = self.dial(stream)?;
         connection.set_read_timeout(Some(TREE_SILENCE)).during(|| "set a deadline for the tree".into())?;
         let mut archive = std::io::BufReader::with_capacity(64 * 1024, Patient(connection));
         pod.volumes.publish(tree, &mut archive)?;

@@ -8,24 +8,31 @@
 //! process ended and pipes empty ─► end marks (─► exit code, exec only) ─► thread ends
 //! ```
 //!
-//! One thread for each process. At most one packet is held in each direction, so a slow runtime slows the
-//! process and nothing else. A new stream replaces the one before; what the old one had not taken whole is sent
-//! again on the new one.
+//! One thread for each process. What a container said is kept until the runtime has it for certain ([`Kept`]), and
+//! at most so much of it that a slow runtime slows the process and nothing else. A new stream replaces the one before and
+//! begins with what is kept: a runtime that was killed loses nothing that it had not written.
+
+mod kept;
+mod packet;
+
+pub use kept::Counts;
 
 use crate::log;
 use crate::reap::Ending;
 use crate::transport::Connection;
-use atoll_spec::guest::{Channel, MAX_PACKET};
+use atoll_spec::guest::{Channel, MAX_PACKET, OUTPUT_WINDOW};
+use kept::Kept;
+use packet::{HEADER, next_packet, packet};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::termios::{Winsize, tcsetwinsize};
+use std::collections::VecDeque;
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Bytes read from a pipe at once.
 const CHUNK: usize = 32 * 1024;
-const HEADER: usize = 5;
 /// How long an ended process's output may stay silent while something else holds its pipe open.
 const QUIET: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
 
@@ -57,9 +64,19 @@ pub struct Pump {
     inbox: Mutex<Inbox>,
 }
 
+/// A stream to the runtime, and its number.
+pub struct Stream {
+    /// The connection.
+    pub connection: Connection,
+    /// What the runtime asked for it by.
+    pub number: u64,
+}
+
 #[derive(Default)]
 struct Inbox {
-    connection: Option<Connection>,
+    stream: Option<Stream>,
+    /// What the runtime has of the stream of this number.
+    acknowledged: Option<(u64, Counts)>,
     closed: bool,
     finished: bool,
 }
@@ -69,12 +86,12 @@ impl Pump {
     pub fn start(
         role: Role,
         ports: Ports,
-        connection: Option<Connection>,
+        stream: Option<Stream>,
         ending: Arc<Ending>,
         on_exit: impl FnOnce(i32) + Send + 'static,
     ) -> std::io::Result<Arc<Self>> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let inbox = Mutex::new(Inbox { connection, ..Inbox::default() });
+        let inbox = Mutex::new(Inbox { stream, ..Inbox::default() });
         let pump = Arc::new(Self { wake, inbox });
         let shared = Arc::clone(&pump);
         std::thread::Builder::new().name("stdio".into()).spawn(move || {
@@ -83,10 +100,10 @@ impl Pump {
             let left = {
                 let mut inbox = shared.lock();
                 inbox.finished = true;
-                inbox.connection.take()
+                inbox.stream.take()
             };
-            if let Some(connection) = left {
-                say_ended(connection);
+            if let Some(stream) = left {
+                say_ended(stream);
             }
         })?;
         Ok(pump)
@@ -97,15 +114,21 @@ impl Pump {
     }
 
     /// Gives it a new stream, in place of the one it has. When all has been said already, the stream says so and ends.
-    pub fn connect(&self, connection: Connection) {
+    pub fn connect(&self, stream: Stream) {
         let mut inbox = self.lock();
         if inbox.finished {
             drop(inbox);
-            say_ended(connection);
+            say_ended(stream);
         } else {
-            inbox.connection = Some(connection);
+            inbox.stream = Some(stream);
             self.notify();
         }
+    }
+
+    /// The runtime has this much of the stream of this number.
+    pub fn acknowledge(&self, number: u64, counts: Counts) {
+        self.lock().acknowledged = Some((number, counts));
+        self.notify();
     }
 
     /// Ends the thread, whatever has not been sent.
@@ -121,21 +144,11 @@ impl Pump {
 }
 
 /// Tells a stream that came too late that there is nothing more.
-fn say_ended(mut connection: Connection) {
+fn say_ended(mut stream: Stream) {
     let mut text = packet(Channel::Stdout, &[]);
     text.extend(packet(Channel::Stderr, &[]));
     // The runtime may have gone again; then it asks again.
-    let _ = connection.write_all(&text);
-}
-
-/// One packet.
-pub fn packet(channel: Channel, payload: &[u8]) -> Vec<u8> {
-    let mut packet = Vec::with_capacity(HEADER + payload.len());
-    packet.push(channel as u8);
-    // At most MAX_PACKET.
-    packet.extend((payload.len() as u32).to_le_bytes());
-    packet.extend(payload);
-    packet
+    let _ = stream.connection.write_all(&text);
 }
 
 /// An output channel of the process.
@@ -153,6 +166,12 @@ struct Mover<'a> {
     terminal: Option<OwnedFd>,
     outputs: Vec<Output>,
     connection: Option<Connection>,
+    /// Number of that stream.
+    number: u64,
+    /// Containers only.
+    kept: Kept,
+    /// Packets to send before anything new.
+    replay: VecDeque<Vec<u8>>,
     /// Packet on its way to the runtime, and how much of it has gone.
     outgoing: (Vec<u8>, usize),
     incoming: Vec<u8>,
@@ -191,6 +210,9 @@ impl<'a> Mover<'a> {
             terminal: ports.terminal,
             outputs,
             connection: None,
+            number: 0,
+            kept: Kept::default(),
+            replay: VecDeque::new(),
             outgoing: (Vec::new(), 0),
             incoming: Vec::new(),
             input: Vec::new(),
@@ -207,8 +229,13 @@ impl<'a> Mover<'a> {
                 if inbox.closed && self.ending.code().is_some() {
                     return self.told(&mut on_exit);
                 }
-                if let Some(connection) = inbox.connection.take() {
-                    self.adopt(connection);
+                if let Some(stream) = inbox.stream.take() {
+                    self.adopt(stream);
+                }
+                if let Some((number, counts)) = inbox.acknowledged.take()
+                    && number == self.number
+                {
+                    self.kept.acknowledge(counts);
                 }
             }
             self.told(&mut on_exit);
@@ -235,13 +262,15 @@ impl<'a> Mover<'a> {
         }
     }
 
-    fn adopt(&mut self, connection: Connection) {
-        if let Err(error) = connection.set_nonblocking(true) {
+    fn adopt(&mut self, stream: Stream) {
+        if let Err(error) = stream.connection.set_nonblocking(true) {
             log::line(&format!("a stream cannot be used: {error}"));
             return;
         }
-        self.connection = Some(connection);
-        self.outgoing.1 = 0;
+        self.connection = Some(stream.connection);
+        self.number = stream.number;
+        self.replay = self.kept.replay();
+        self.outgoing = (Vec::new(), 0);
         self.incoming.clear();
         self.outputs.iter_mut().for_each(|output| output.marked = false);
     }
@@ -263,7 +292,11 @@ impl<'a> Mover<'a> {
         if !self.outgoing.0.is_empty() || self.connection.is_none() {
             return;
         }
-        if let Some(output) = self.outputs.iter_mut().find(|output| output.port.is_none() && !output.marked) {
+        if let Some(packet) = self.replay.pop_front() {
+            self.outgoing = (packet, 0);
+        } else if let Some(output) =
+            self.outputs.iter_mut().find(|output| output.port.is_none() && !output.marked)
+        {
             output.marked = true;
             self.outgoing = (packet(output.channel, &[]), 0);
         } else if self.role == Role::Exec
@@ -279,7 +312,10 @@ impl<'a> Mover<'a> {
     fn finished(&self) -> bool {
         let said = match self.role {
             Role::Exec => self.exit_sent,
-            Role::Container => self.outputs.iter().all(|output| output.port.is_none() && output.marked),
+            Role::Container => {
+                self.kept.len() == 0
+                    && self.outputs.iter().all(|output| output.port.is_none() && output.marked)
+            }
         };
         said && self.outgoing.0.is_empty() && self.ending.code().is_some()
     }
@@ -299,7 +335,8 @@ impl<'a> Mover<'a> {
             polled.push(PollFd::new(connection, wanted));
         }
         let outputs_at = polled.len();
-        let reading = self.connection.is_some() && self.outgoing.0.is_empty();
+        let room = self.kept.len() < OUTPUT_WINDOW && self.replay.is_empty();
+        let reading = self.connection.is_some() && self.outgoing.0.is_empty() && room;
         let mut watched = Vec::new();
         for (index, output) in self.outputs.iter().enumerate() {
             if let (true, Some(port)) = (reading, &output.port) {
@@ -357,6 +394,9 @@ impl<'a> Mover<'a> {
             Ok(0) | Err(Errno::IO) => output.port = None,
             Ok(count) => {
                 self.outgoing = (packet(output.channel, &buffer[..count]), 0);
+                if self.role == Role::Container {
+                    self.kept.keep(output.channel, &buffer[..count]);
+                }
                 // The other channel gets its turn next time.
                 self.outputs.rotate_left(1);
             }
@@ -446,30 +486,4 @@ fn resize(terminal: Option<&OwnedFd>, payload: &[u8]) {
     };
     // The terminal may have been hung up: then its size matters to nobody.
     let _ = tcsetwinsize(terminal.as_fd(), size);
-}
-
-/// Splits a whole packet off: channel, payload, rest.
-fn next_packet(bytes: &[u8]) -> Option<(u8, &[u8], &[u8])> {
-    let (header, rest) = bytes.split_at_checked(HEADER)?;
-    let length = u32::from_le_bytes([header[1], header[2], header[3], header[4]]);
-    let length = usize::try_from(length).ok()?;
-    let (payload, rest) = rest.split_at_checked(length)?;
-    Some((header[0], payload, rest))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn packets_split_where_they_were_joined() {
-        let mut bytes = packet(Channel::Stdin, b"abc");
-        bytes.extend(packet(Channel::Resize, &[80, 0, 24, 0]));
-        let (channel, payload, rest) = next_packet(&bytes).unwrap();
-        assert_eq!((channel, payload), (0, &b"abc"[..]));
-        let (channel, payload, rest) = next_packet(rest).unwrap();
-        assert_eq!((channel, payload.len(), rest.len()), (3, 4, 0));
-        assert!(next_packet(&bytes[..6]).is_none());
-        assert!(next_packet(&[0, 255, 255, 255, 255, 0]).is_none());
-    }
 }

@@ -4,7 +4,7 @@
 //! which the owner applies. Invariants: every wait has a deadline; a failed creation leaves nothing behind in the guest
 //! or the image store.
 
-use crate::console::Console;
+use crate::console::{Console, Receipts};
 use crate::error::{Error, Result, within};
 use crate::images::Image;
 use crate::logs::LogWriter;
@@ -172,8 +172,10 @@ impl Starting {
         let stdio =
             self.stdio.ok_or_else(|| Error::State(format!("container {} was started already", self.id)))?;
         self.vm.link.call(Call::StartContainer { container: self.id.clone() }, CREATE_DEADLINE).await?;
+        let number = stdio.number();
         let stream = stdio.take().await?;
-        Ok(Console::start(stream, self.tty, log))
+        let receipts = Receipts { link: self.vm.link.clone(), container: self.id, stream: number };
+        Ok(Console::start(stream, self.tty, log, receipts))
     }
 }
 
@@ -299,9 +301,10 @@ pub(super) async fn reopen_stdio(
             Some(path) => Some(LogWriter::open(path).await?),
             None => None,
         };
-        let make = |stream| Call::OpenStdio { container: id.clone(), stream };
-        let (_, stream) = vm.link.call_for_stream(make, CALL_DEADLINE).await?;
-        Ok::<_, Error>(Console::start(stream, tty, log))
+        let (number, stream) = vm.link.expect_stream();
+        vm.link.call(Call::OpenStdio { container: id.clone(), stream: number }, CALL_DEADLINE).await?;
+        let receipts = Receipts { link: vm.link.clone(), container: id.clone(), stream: number };
+        Ok::<_, Error>(Console::start(stream.take().await?, tty, log, receipts))
     };
     match reopen.await {
         Ok(console) => Done::ConsoleBack(id, Some(console)),

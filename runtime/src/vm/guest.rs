@@ -145,14 +145,14 @@ impl GuestLink {
         let (sender, receiver) = oneshot::channel();
         inner.streams.retain(|_, waiting| !waiting.is_closed());
         inner.streams.insert(number, sender);
-        (number, Expected { receiver, sandbox: self.sandbox.clone() })
+        (number, Expected { receiver, sandbox: self.sandbox.clone(), number })
     }
 
     /// A stream that the guest was asked for before a restart of the runtime.
     pub fn expect_number(&self, number: u64) -> Expected {
         let (sender, receiver) = oneshot::channel();
         self.lock().streams.insert(number, sender);
-        Expected { receiver, sandbox: self.sandbox.clone() }
+        Expected { receiver, sandbox: self.sandbox.clone(), number }
     }
 
     /// A call that names a stream, and the stream.
@@ -255,9 +255,15 @@ impl GuestLink {
 pub struct Expected {
     receiver: oneshot::Receiver<GuestStream>,
     sandbox: SandboxId,
+    number: u64,
 }
 
 impl Expected {
+    /// What the guest was, or will be, asked for it by.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
     /// The stream. To be called after the answer, before which the guest dials.
     pub async fn take(self) -> Result<GuestStream> {
         let what = || format!("a stream from the guest of sandbox {}", self.sandbox);
@@ -281,6 +287,7 @@ fn call_name(call: &Call) -> &'static str {
         Call::SignalContainer { .. } => "SignalContainer",
         Call::RemoveContainer { .. } => "RemoveContainer",
         Call::OpenStdio { .. } => "OpenStdio",
+        Call::AckOutput { .. } => "AckOutput",
         Call::UpdateLimits { .. } => "UpdateLimits",
         Call::Exec(_) => "Exec",
         Call::KillExec { .. } => "KillExec",

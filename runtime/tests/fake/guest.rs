@@ -93,6 +93,10 @@ impl Guest {
                 self.vmm.containers.fetch_add(1, SeqCst);
                 Ok(Reply::Done)
             }
+            Call::AckOutput { stdout, stderr, .. } => {
+                self.vmm.acknowledged.store(stdout + stderr, SeqCst);
+                Ok(Reply::Done)
+            }
             Call::StartContainer { container } => self.start(container).await,
             Call::SignalContainer { container, signal, .. } => self.with(&container, |c| {
                 c.signal.send_replace(signal);

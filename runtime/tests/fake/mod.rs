@@ -44,6 +44,8 @@ pub struct FakeVmm {
     pub cid: GuestCid,
     /// How many containers the guest has.
     pub containers: Arc<std::sync::atomic::AtomicUsize>,
+    /// Bytes of output that the runtime has acknowledged last.
+    pub acknowledged: Arc<std::sync::atomic::AtomicU64>,
     exit: Arc<watch::Sender<Option<i32>>>,
 }
 
@@ -152,8 +154,12 @@ impl Host for FakeHost {
     }
 
     fn spawn_vmm(&self, order: &VmmOrder, listener: &OwnedFd) -> Result<VmmProcess> {
-        let vmm =
-            FakeVmm { cid: order.cid, containers: Arc::default(), exit: Arc::new(watch::Sender::new(None)) };
+        let vmm = FakeVmm {
+            cid: order.cid,
+            containers: Arc::default(),
+            acknowledged: Arc::default(),
+            exit: Arc::new(watch::Sender::new(None)),
+        };
         let mut taken = self.taken.lock().unwrap();
         taken.cgroups.insert(order.sandbox.to_string());
         taken.vmms.insert(order.sandbox.to_string(), vmm.clone());

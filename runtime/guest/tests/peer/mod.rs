@@ -45,6 +45,7 @@ pub struct Peer {
     controls: Receiver<UnixStream>,
     streams: Arc<Streams>,
     next_id: u64,
+    stdio: u64,
     pub events: VecDeque<(u64, Event)>,
     cgroup: PathBuf,
     _dir: tempfile::TempDir,
@@ -178,6 +179,7 @@ impl Peer {
             controls,
             streams,
             next_id: 0,
+            stdio: 0,
             events: VecDeque::new(),
             cgroup,
             _dir: dir,
@@ -234,6 +236,17 @@ impl Peer {
         self.next_id
     }
 
+    /// Number of the stdio of the container that was run last.
+    pub fn stdio(&self) -> u64 {
+        self.stdio
+    }
+
+    /// The host has this much of what a container said on a stream.
+    pub fn acknowledge(&mut self, container: &str, stream: u64, stdout: u64, stderr: u64) {
+        let container = container.parse().unwrap();
+        self.call(Call::AckOutput { container, stream, stdout, stderr }).unwrap();
+    }
+
     pub fn stream(&self, number: u64) -> UnixStream {
         let arrived = self.streams.arrived.lock().unwrap();
         let (mut arrived, timeout) = self
@@ -249,6 +262,7 @@ impl Peer {
     pub fn run(&mut self, mut spec: ContainerSpec) -> Result<UnixStream, GuestError> {
         spec.stdio_stream = self.stream_number();
         let (name, number) = (spec.container.clone(), spec.stdio_stream);
+        self.stdio = number;
         self.call(Call::CreateContainer(Box::new(spec)))?;
         self.call(Call::StartContainer { container: name })?;
         Ok(self.stream(number))
