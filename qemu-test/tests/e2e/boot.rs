@@ -14,7 +14,7 @@ fn release_host_joins_reboots_and_powers_off_cleanly() -> anyhow::Result<()> {
     let mut host = lab.boot_host(artifacts, Profile::Release, INDEX)?;
     lab.wait_ready(&mut host, INDEX)?;
 
-    for port in [10350, 10351] {
+    for port in [10350, 10351, 10352] {
         let address = format!("{}:{port}", host.address()).parse()?;
         assert!(
             TcpStream::connect_timeout(&address, Duration::from_secs(3)).is_err(),
@@ -69,6 +69,39 @@ fn console_tells_each_phase_with_its_time() {
             "no line for phase {phase} with its time on the console:\n{text}"
         );
     }
+}
+
+/// Every socket that somebody could speak to first, and who may. `*` stands for a number or an id.
+const SOCKETS: [(&str, &str); 10] = [
+    ("tcp 0.0.0.0:10250", "kubelet API: client certificate or token, and the API server is asked"),
+    ("tcp 127.0.0.1:*", "the runtime's streaming server: a token of one use, given to the agent over CRI"),
+    ("packet 0800", "hostd's DHCP client: answers to its own questions"),
+    ("unix /run/atoll/init/bus.sock", "D-Bus of PID 1: root only, by peer credentials"),
+    ("unix /run/atoll/init/notify.sock", "readiness of services: who speaks is known by cgroup"),
+    ("unix /run/atoll/hostd/metrics.sock", "metrics and health: by file mode"),
+    ("unix /run/atoll/runtime/cri.sock", "CRI: root and the agent's group, by file mode"),
+    ("unix /run/atoll/runtime/vm/*", "a VMM's control socket: root only, by file mode"),
+    ("tcp 0.0.0.0:1035*", "the test image's bridge and inspector"),
+    ("udp 0.0.0.0:*", "a question of hostd's that is on its way: DNS or SNTP"),
+];
+
+#[test]
+fn every_socket_of_the_host_is_known() -> anyhow::Result<()> {
+    let lab = &crate::shared::ready_lab();
+    let fits = |pattern: &str, socket: &str| match pattern.split_once('*') {
+        None => pattern == socket,
+        Some((start, _)) => socket.starts_with(start),
+    };
+    let listeners = lab.inspector().inventory()?.listeners;
+    let unknown: Vec<&String> =
+        listeners.iter().filter(|socket| !SOCKETS.iter().any(|(pattern, _)| fits(pattern, socket))).collect();
+    assert!(unknown.is_empty(), "nobody knows who may use {unknown:?}");
+    for (pattern, _) in
+        SOCKETS.iter().filter(|(pattern, _)| pattern.contains("10250") || pattern.contains("cri"))
+    {
+        assert!(listeners.iter().any(|socket| fits(pattern, socket)), "no {pattern} in {listeners:?}");
+    }
+    Ok(())
 }
 
 #[test]
