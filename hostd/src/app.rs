@@ -16,6 +16,7 @@ use crate::{agent_status, bus, config, console, metrics, prepare};
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 /// Between two attempts to prepare the storage.
 const STORAGE_RETRY: Duration = Duration::from_secs(30);
@@ -70,18 +71,25 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> Result<()>
     let mut host = Host::new(options, status, links, time_servers);
     host.refresh(&told, &notifier).await;
     loop {
-        let next = host.next_look();
+        notifier.alive();
+        let look = host.next_look();
+        let next = notifier.alive_every().map_or(look, |pause| look.min(Instant::now() + pause));
         // Cancel-safe: `recv` and sleeping lose nothing when dropped; `stop` is polled on by reference.
         let event = tokio::select! {
             event = events.recv() => event,
             () = tokio::time::sleep_until(next) => None,
             () = &mut stop => break,
         };
-        if let Some(event) = event {
-            host.handle(event);
-            while let Ok(event) = events.try_recv() {
+        match event {
+            Some(event) => {
                 host.handle(event);
+                while let Ok(event) = events.try_recv() {
+                    host.handle(event);
+                }
             }
+            // Woken only to say that it is alive.
+            None if Instant::now() < look => continue,
+            None => {}
         }
         host.refresh(&told, &notifier).await;
     }

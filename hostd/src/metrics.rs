@@ -190,6 +190,15 @@ mod tests {
         }
     }
 
+    #[tokio::test]
+    async fn the_socket_is_for_root_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("metrics.sock");
+        std::fs::write(&path, "left over").unwrap();
+        let _listener = listen(&path).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
     #[test]
     fn health_says_what_is_wrong() {
         let mut status = Status::new("Atoll".into());

@@ -2,11 +2,13 @@
 
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// The connection to init; does nothing where there is none.
 #[derive(Debug)]
 pub struct Notifier {
     socket: Option<(UnixDatagram, PathBuf)>,
+    watchdog: Option<Duration>,
 }
 
 impl Notifier {
@@ -14,7 +16,20 @@ impl Notifier {
     pub fn from_environment() -> Self {
         let path = std::env::var_os("NOTIFY_SOCKET").map(PathBuf::from);
         let socket = UnixDatagram::unbound().and_then(|s| s.set_nonblocking(true).map(|()| s));
-        Self { socket: socket.ok().zip(path) }
+        let watchdog = std::env::var("WATCHDOG_USEC").ok().and_then(|text| text.parse().ok());
+        Self { socket: socket.ok().zip(path), watchdog: watchdog.map(Duration::from_micros) }
+    }
+
+    /// How often to give a sign of life: three times in the time that init allows. `None` when it wants none.
+    pub fn alive_every(&self) -> Option<Duration> {
+        self.watchdog.map(|within| within / 3)
+    }
+
+    /// A sign of life. Only the loop that does hostd's work may give it: init restarts what is silent.
+    pub fn alive(&self) {
+        if self.watchdog.is_some() {
+            self.send("WATCHDOG=1");
+        }
     }
 
     /// Says what hostd is doing.

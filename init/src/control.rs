@@ -12,15 +12,21 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 const CONNECTIONS: usize = 8;
 const QUEUE: usize = 64;
 /// How long the event loop may take to answer; it answers at once unless it is about to reboot the machine.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+/// A peer that has not said who it is by then makes room when others want in.
+const HANDSHAKE_WITHIN: Duration = Duration::from_secs(5);
+/// Who insists does not fill the console.
+const TELL_EVERY: Duration = Duration::from_secs(10);
+/// Longest name or reason that is taken over; the rest is cut off.
+const LONGEST_TEXT: usize = 512;
 
 /// What is asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -141,8 +147,30 @@ fn thread(name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {
         .map_err(Error::system("start a thread of the control interface"))
 }
 
+/// A connection, from its acceptance to its end.
+struct Peer {
+    /// Held by the connection's thread for as long as it runs.
+    stream: Weak<UnixStream>,
+    since: Instant,
+    greeted: Arc<AtomicBool>,
+}
+
+impl Peer {
+    /// Ends it when it holds a place and does not say who it is. Its thread then ends by itself.
+    fn hurry(&self) {
+        if !self.greeted.load(Ordering::Relaxed)
+            && self.since.elapsed() >= HANDSHAKE_WITHIN
+            && let Some(stream) = self.stream.upgrade()
+        {
+            // It may have gone by itself in the meantime.
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        }
+    }
+}
+
 fn accept(listener: &UnixListener, asker: &Asker, connections: &Connections, console: &Console) {
-    let live = Arc::new(AtomicUsize::new(0));
+    let mut peers: Vec<Peer> = Vec::new();
+    let mut told = None;
     for stream in listener.incoming() {
         let Ok(stream) = stream else {
             // Out of descriptors or memory: no use in spinning.
@@ -157,32 +185,42 @@ fn accept(listener: &UnixListener, asker: &Asker, connections: &Connections, con
             }
             Err(_) => continue,
         }
-        if live.load(Ordering::Relaxed) >= CONNECTIONS {
-            console.say(format!("control: refused a connection: there are {CONNECTIONS} already"));
+        peers.retain(|peer| peer.stream.strong_count() > 0);
+        if peers.len() >= CONNECTIONS {
+            if told.is_none_or(|at: Instant| at.elapsed() >= TELL_EVERY) {
+                console.say(format!("control: refused a connection: there are {CONNECTIONS} already"));
+                told = Some(Instant::now());
+            }
+            peers.iter().for_each(Peer::hurry);
             continue;
         }
-        live.fetch_add(1, Ordering::Relaxed);
-        let (asker, connections, console, count) =
-            (asker.clone(), connections.clone(), console.clone(), live.clone());
-        let started = thread("bus-peer", move || {
-            if let Err(error) = zbus::block_on(serve(stream, asker, &connections)) {
+        let Ok(copy) = stream.try_clone() else { continue };
+        let (held, greeted) = (Arc::new(copy), Arc::new(AtomicBool::new(false)));
+        peers.push(Peer { stream: Arc::downgrade(&held), since: Instant::now(), greeted: greeted.clone() });
+        let (asker, connections, console) = (asker.clone(), connections.clone(), console.clone());
+        // When there is no thread for it, all of this is dropped, and the connection with it.
+        let _ = thread("bus-peer", move || {
+            if let Err(error) = zbus::block_on(serve(stream, asker, &connections, &greeted)) {
                 console.say(format!("control: a connection failed: {error}"));
             }
-            count.fetch_sub(1, Ordering::Relaxed);
+            drop(held);
         });
-        if started.is_err() {
-            live.fetch_sub(1, Ordering::Relaxed);
-        }
     }
 }
 
-async fn serve(stream: UnixStream, asker: Asker, connections: &Connections) -> zbus::Result<()> {
+async fn serve(
+    stream: UnixStream,
+    asker: Asker,
+    connections: &Connections,
+    greeted: &AtomicBool,
+) -> zbus::Result<()> {
     let connection = zbus::connection::Builder::unix_stream(stream)
         .server(zbus::Guid::generate())
         .p2p()
         .serve_at(OBJECT_PATH, Interface { asker })
         .build()
         .await?;
+    greeted.store(true, Ordering::Relaxed);
     let list = || connections.lock().unwrap_or_else(PoisonError::into_inner);
     list().push(connection.clone());
     connection.closed().await;
@@ -226,6 +264,11 @@ fn unexpected<T>() -> zbus::fdo::Result<T> {
     Err(zbus::fdo::Error::Failed("init gave the answer to another question: a defect of init".into()))
 }
 
+/// What a peer sends ends up in lines on the console and in a file: one line, of bounded length.
+fn bounded(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(LONGEST_TEXT).collect()
+}
+
 struct Interface {
     asker: Asker,
 }
@@ -240,30 +283,30 @@ impl Interface {
     }
 
     fn start_service(&self, name: String) -> zbus::fdo::Result<()> {
-        self.asker.do_it(Request::Start(name))
+        self.asker.do_it(Request::Start(bounded(&name)))
     }
 
     fn stop_service(&self, name: String) -> zbus::fdo::Result<()> {
-        self.asker.do_it(Request::Stop(name))
+        self.asker.do_it(Request::Stop(bounded(&name)))
     }
 
     fn restart_service(&self, name: String) -> zbus::fdo::Result<()> {
-        self.asker.do_it(Request::Restart(name))
+        self.asker.do_it(Request::Restart(bounded(&name)))
     }
 
     fn logs(&self, name: String, lines: u32) -> zbus::fdo::Result<Vec<LogLine>> {
-        match self.asker.ask(Request::Logs(name, lines))? {
+        match self.asker.ask(Request::Logs(bounded(&name), lines))? {
             Reply::Lines(lines) => Ok(lines),
             _ => unexpected(),
         }
     }
 
     fn reboot(&self, reason: String) -> zbus::fdo::Result<()> {
-        self.asker.do_it(Request::Shutdown(ShutdownAction::Reboot, reason))
+        self.asker.do_it(Request::Shutdown(ShutdownAction::Reboot, bounded(&reason)))
     }
 
     fn power_off(&self, reason: String) -> zbus::fdo::Result<()> {
-        self.asker.do_it(Request::Shutdown(ShutdownAction::PowerOff, reason))
+        self.asker.do_it(Request::Shutdown(ShutdownAction::PowerOff, bounded(&reason)))
     }
 
     fn boot_phases(&self) -> zbus::fdo::Result<Vec<BootPhase>> {

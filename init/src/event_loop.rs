@@ -19,6 +19,11 @@ use std::time::Duration;
 
 /// The loop comes round at least this often.
 const ROUND: Duration = Duration::from_secs(5);
+/// When it comes round this much too late, the whole machine stood still (a hypervisor stopped it), and whoever owes a
+/// sign of life could not give one either.
+const STOOD_STILL: Duration = Duration::from_secs(5);
+/// Notifications read in one round: a service that floods must not keep the loop from all else.
+const NOTICES_AT_ONCE: usize = 256;
 /// It promises the guard to come round within this; starting a program may take a while under pressure.
 const PROMISE: Duration = Duration::from_secs(60);
 /// When services are not ready by then, the boot is told as incomplete and goes on.
@@ -74,6 +79,7 @@ impl<'a> EventLoop<'a> {
                 notifies: service.notifies,
                 start_deadline: service.start_deadline,
                 stop_deadline: service.stop_deadline,
+                watchdog: service.watchdog,
             })
             .collect();
         machine.console.say(match doors.devices.look_for_buttons() {
@@ -97,7 +103,12 @@ impl<'a> EventLoop<'a> {
         self.tell(Event::Tick);
         loop {
             self.machine.guard.promise("init's event loop", PROMISE, Duration::ZERO);
+            let asleep_from = uptime();
             self.wait();
+            if uptime().saturating_sub(asleep_from) > ROUND + STOOD_STILL {
+                self.machine.console.say("the machine stood still for a while");
+                self.tell(Event::StoodStill);
+            }
             self.read_notices();
             self.programs.read_outputs(self.machine.console);
             self.read_signals();
@@ -181,8 +192,9 @@ impl<'a> EventLoop<'a> {
                 )
             }
             ServiceState::BackingOff => {
-                let next = self.supervisor.next_deadline().unwrap_or_default().saturating_sub(uptime());
-                format!("{}; next try in at most {} s", status.last_failure, next.as_secs() + 1)
+                let wait = self.supervisor.find(&status.name).and_then(|id| self.supervisor.next_try(id));
+                let wait = wait.unwrap_or_default().saturating_sub(uptime());
+                format!("{}; next try in {} s", status.last_failure, wait.as_millis().div_ceil(1000))
             }
             ServiceState::Starting => format!("starting (start {})", status.restarts + 1),
             state => state.to_string(),
@@ -190,7 +202,8 @@ impl<'a> EventLoop<'a> {
     }
 
     fn read_notices(&mut self) {
-        while let Some(datagram) = self.doors.notify.receive() {
+        for _ in 0..NOTICES_AT_ONCE {
+            let Some(datagram) = self.doors.notify.receive() else { return };
             let Some(id) = self.sender(datagram.pid) else {
                 let pid = datagram.pid;
                 self.machine
@@ -201,6 +214,7 @@ impl<'a> EventLoop<'a> {
             for notice in notify::parse(&datagram.content) {
                 self.tell(match notice {
                     Notice::Ready => Event::BecameReady(id),
+                    Notice::Alive => Event::Alive(id),
                     Notice::Status(text) => Event::Said(id, text),
                 });
             }

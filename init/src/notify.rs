@@ -1,4 +1,5 @@
-//! The readiness protocol: services send datagrams such as `READY=1\nSTATUS=…` to `$NOTIFY_SOCKET`. The kernel says
+//! The readiness protocol: services send datagrams such as `READY=1\nSTATUS=…` to `$NOTIFY_SOCKET`, and `WATCHDOG=1`
+//! at least each `$WATCHDOG_USEC` microseconds where that is set, as systemd's services do. The kernel says
 //! which process sent one; only a process in a service's own cgroup speaks for that service.
 
 use crate::error::{Error, Result};
@@ -18,6 +19,8 @@ pub enum Notice {
     Ready,
     /// It says this of itself.
     Status(String),
+    /// It is alive.
+    Alive,
 }
 
 /// The socket.
@@ -69,6 +72,7 @@ pub fn parse(content: &[u8]) -> Vec<Notice> {
         .lines()
         .filter_map(|line| match line.split_once('=') {
             Some(("READY", "1")) => Some(Notice::Ready),
+            Some(("WATCHDOG", "1")) => Some(Notice::Alive),
             Some(("STATUS", text)) => {
                 Some(Notice::Status(text.chars().filter(|c| !c.is_control()).take(LONGEST_STATUS).collect()))
             }
@@ -90,8 +94,8 @@ mod tests {
     #[test]
     fn knows_ready_and_status_and_passes_over_the_rest() {
         assert_eq!(
-            parse(b"READY=1\nSTATUS=up \x1b[2J\nMAINPID=1\nREADY=0\n\xff"),
-            [Notice::Ready, Notice::Status("up [2J".into())]
+            parse(b"READY=1\nSTATUS=up \x1b[2J\nMAINPID=1\nREADY=0\nWATCHDOG=1\nWATCHDOG=trigger\n\xff"),
+            [Notice::Ready, Notice::Status("up [2J".into()), Notice::Alive]
         );
         assert_eq!(parse(b""), []);
     }

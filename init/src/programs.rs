@@ -68,9 +68,11 @@ impl Programs {
             .map_err(Error::system("set up a pipe for a service's output"))?;
         let cgroup = cgroups::open(&service.name);
         self.out_of_memory[id.0] = cgroups::out_of_memory_kills(sys, &service.name);
+        let mut environment = self.environment.clone();
+        environment.extend(service.watchdog.map(|within| format!("WATCHDOG_USEC={}", within.as_micros())));
         let child = process::spawn(&Program {
             command: &service.command,
-            environment: &self.environment,
+            environment: &environment,
             confinement: Some(&service.confinement),
             cgroup: cgroup.as_ref().map(AsFd::as_fd),
             output: writer.as_fd(),

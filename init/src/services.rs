@@ -25,6 +25,8 @@ pub struct Service {
     pub start_deadline: Duration,
     /// How long it may take to stop when asked.
     pub stop_deadline: Duration,
+    /// Longest time between two signs of life (`WATCHDOG=1`) once it is ready; `None` when it gives none.
+    pub watchdog: Option<Duration>,
     /// What it may do.
     pub confinement: Confinement,
     /// Its share of the machine.
@@ -96,6 +98,9 @@ const TEST: u64 = capability::NET_BIND_SERVICE
     | capability::SYS_PTRACE
     | capability::KILL;
 
+/// A service that hangs is noticed after this long. Longer than any disk that works makes one wait.
+const WATCHDOG: Duration = Duration::from_secs(30);
+
 const ROOT: User = User { uid: 0, gid: 0, groups: Vec::new() };
 
 /// Below this nothing of the host plane is ever chosen when memory runs out. Not −1000: a service that leaks must
@@ -113,6 +118,7 @@ pub fn table() -> Vec<Service> {
             // Its own deadline for the network is 30 s; checking and growing a large disk takes longer.
             start_deadline: Duration::from_secs(240),
             stop_deadline: Duration::from_secs(10),
+            watchdog: Some(WATCHDOG),
             confinement: confinement(ROOT, HOSTD, 4096),
             limits: Limits { memory_min_mib: 32, memory_max_mib: 512, processes: 256 },
         },
@@ -123,6 +129,7 @@ pub fn table() -> Vec<Service> {
             notifies: true,
             start_deadline: Duration::from_secs(90),
             stop_deadline: Duration::from_secs(15),
+            watchdog: None,
             confinement: confinement(ROOT, RUNTIME, 65536),
             // Helpers that unpack image layers live in here too.
             limits: Limits { memory_min_mib: 64, memory_max_mib: 1536, processes: 4096 },
@@ -134,6 +141,7 @@ pub fn table() -> Vec<Service> {
             notifies: true,
             start_deadline: Duration::from_secs(90),
             stop_deadline: Duration::from_secs(20),
+            watchdog: None,
             confinement: Confinement {
                 hidden: vec!["/esp".into()],
                 ..confinement(User { uid: 800, gid: 800, groups: vec![801] }, 0, 65536)
@@ -186,6 +194,7 @@ pub fn with_tests(sys: &dyn Syscalls) -> Result<Vec<Service>> {
             notifies: false,
             start_deadline: Duration::from_secs(30),
             stop_deadline: Duration::from_secs(3),
+            watchdog: None,
             confinement: confinement(ROOT, TEST, 4096),
             limits: Limits { memory_min_mib: 0, memory_max_mib: 256, processes: 256 },
         });

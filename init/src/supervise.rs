@@ -15,6 +15,9 @@
 //! | Up | start once all it needs is ready | leave | start again when ended | start when over |
 //! | Down | stopped | TERM | wait, KILL | to Idle |
 //!
+//! A service that promised signs of life and gives none while it is ready hangs: it is killed, for it may be stopped and
+//! then no request reaches it, and comes back by way of its back-off like one that crashed.
+//!
 //! A service whose need goes away is left running: needs are for starting, and the parts of Atoll live through each
 //! other's restarts. A shutdown stops in the opposite order: a service is asked only once nothing needs it any more.
 
@@ -46,6 +49,8 @@ pub struct Rules {
     pub start_deadline: Duration,
     /// How long it may take to stop.
     pub stop_deadline: Duration,
+    /// Longest time between two signs of life while it is ready; `None` expects none.
+    pub watchdog: Option<Duration>,
 }
 
 /// What happened.
@@ -61,8 +66,12 @@ pub enum Event {
     Ended(ServiceId, String),
     /// It says it is ready.
     BecameReady(ServiceId),
+    /// It gives a sign of life.
+    Alive(ServiceId),
     /// It says something of itself.
     Said(ServiceId, String),
+    /// Nobody ran for a while, not even this process: silence so far says nothing about anyone.
+    StoodStill,
     /// It is wanted.
     Start(ServiceId),
     /// It is not wanted.
@@ -99,7 +108,7 @@ enum Actual {
     Idle,
     Spawning,
     Starting { pid: u32, until: Duration },
-    Ready { pid: u32 },
+    Ready { pid: u32, heard: Duration },
     Stopping { pid: u32, kill_at: Option<Duration>, failed: bool },
     BackOff { until: Duration },
 }
@@ -182,9 +191,11 @@ impl Supervisor {
             Event::BecameReady(id) => {
                 let unit = self.unit(id);
                 if let Actual::Starting { pid, .. } = unit.actual {
-                    unit.actual = Actual::Ready { pid };
+                    unit.actual = Actual::Ready { pid, heard: now };
                 }
             }
+            Event::Alive(id) => self.unit(id).heard(now),
+            Event::StoodStill => self.units.iter_mut().for_each(|unit| unit.heard(now)),
             Event::Said(id, text) => self.unit(id).said = text,
             Event::Start(id) => {
                 if !self.shutting_down {
@@ -239,6 +250,10 @@ impl Supervisor {
                 unit.stop(now, true);
                 actions.push(Action::Terminate(id));
             }
+            (Desired::Up, Actual::Ready { .. }) if unit.silent_at().is_some_and(|at| now >= at) => {
+                unit.hung(now);
+                actions.push(Action::Kill(id));
+            }
             (_, Actual::Stopping { kill_at: Some(at), .. }) if now >= at => {
                 unit.killed();
                 actions.push(Action::Kill(id));
@@ -278,10 +293,19 @@ impl Supervisor {
             .iter()
             .filter_map(|unit| match (unit.desired, unit.actual) {
                 (Desired::Up, Actual::Starting { until, .. } | Actual::BackOff { until }) => Some(until),
+                (Desired::Up, Actual::Ready { .. }) => unit.silent_at(),
                 (_, Actual::Stopping { kill_at, .. }) => kill_at,
                 _ => None,
             })
             .min()
+    }
+
+    /// When a service that ended by itself is started again.
+    pub fn next_try(&self, id: ServiceId) -> Option<Duration> {
+        match self.units[id.0].actual {
+            Actual::BackOff { until } => Some(until),
+            _ => None,
+        }
     }
 
     /// The service of this name.
@@ -334,7 +358,7 @@ impl Supervisor {
 impl Unit {
     fn pid(&self) -> u32 {
         match self.actual {
-            Actual::Starting { pid, .. } | Actual::Ready { pid } | Actual::Stopping { pid, .. } => pid,
+            Actual::Starting { pid, .. } | Actual::Ready { pid, .. } | Actual::Stopping { pid, .. } => pid,
             Actual::Idle | Actual::Spawning | Actual::BackOff { .. } => 0,
         }
     }
@@ -356,7 +380,7 @@ impl Unit {
             self.actual = if self.rules.notifies {
                 Actual::Starting { pid, until: now + self.rules.start_deadline }
             } else {
-                Actual::Ready { pid }
+                Actual::Ready { pid, heard: now }
             };
             self.since = now;
         }
@@ -371,9 +395,7 @@ impl Unit {
             }
             Actual::Starting { .. } => self.failed(now, how + " before it was ready"),
             Actual::Ready { .. } => {
-                if now.saturating_sub(self.since) >= STABLE {
-                    self.next_delay = BACK_OFF_FIRST;
-                }
+                self.reward(now);
                 self.failed(now, how);
             }
             Actual::Idle | Actual::Spawning | Actual::BackOff { .. } => {}
@@ -384,6 +406,37 @@ impl Unit {
         self.last_failure = why;
         self.actual = Actual::BackOff { until: now + self.next_delay };
         self.next_delay = (self.next_delay * 2).min(BACK_OFF_MOST);
+    }
+
+    /// One that was ready for long enough is not held to what went wrong before.
+    fn reward(&mut self, now: Duration) {
+        if now.saturating_sub(self.since) >= STABLE {
+            self.next_delay = BACK_OFF_FIRST;
+        }
+    }
+
+    fn heard(&mut self, now: Duration) {
+        if let Actual::Ready { heard, .. } = &mut self.actual {
+            *heard = now;
+        }
+    }
+
+    /// When a ready one has been silent for too long.
+    fn silent_at(&self) -> Option<Duration> {
+        match self.actual {
+            Actual::Ready { heard, .. } => self.rules.watchdog.map(|within| heard + within),
+            _ => None,
+        }
+    }
+
+    /// It is ready and says nothing any more: killed at once, because one that is stopped hears no request.
+    fn hung(&mut self, now: Duration) {
+        let seconds = self.rules.watchdog.unwrap_or_default().as_secs();
+        self.last_failure = format!("hung: gave no sign of life for {seconds} s and was killed");
+        self.reward(now);
+        if let Actual::Ready { pid, .. } = self.actual {
+            self.actual = Actual::Stopping { pid, kill_at: None, failed: true };
+        }
     }
 
     /// A person asked: no waiting for what went wrong before.
@@ -397,7 +450,7 @@ impl Unit {
     /// Begins to stop; `false` when there is nothing to ask.
     fn stop(&mut self, now: Duration, failed: bool) -> bool {
         match self.actual {
-            Actual::Starting { pid, .. } | Actual::Ready { pid } => {
+            Actual::Starting { pid, .. } | Actual::Ready { pid, .. } => {
                 self.actual = Actual::Stopping { pid, kill_at: Some(now + self.rules.stop_deadline), failed };
                 true
             }

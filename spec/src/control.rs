@@ -23,7 +23,9 @@ pub const BUS_SOCKET: &str = "/run/atoll/init/bus.sock";
 pub const OBJECT_PATH: &str = "/dev/atoll/Init";
 /// Name of the control interface.
 pub const INTERFACE: &str = "dev.atoll.Init1";
-/// Datagram socket of the readiness protocol (`READY=1`, `STATUS=…`); services get it as `NOTIFY_SOCKET`.
+/// Datagram socket of the readiness protocol (`READY=1`, `STATUS=…`, `WATCHDOG=1`); services get it as `NOTIFY_SOCKET`.
+/// One that finds `WATCHDOG_USEC` in its environment must send `WATCHDOG=1` at least that often once it is ready, or it
+/// is taken for hung and killed.
 pub const NOTIFY_SOCKET: &str = "/run/atoll/init/notify.sock";
 /// The host's machine id: 32 hexadecimal digits and a newline.
 pub const MACHINE_ID_FILE: &str = "/run/atoll/machine-id";

@@ -15,7 +15,17 @@ fn rules(name: &str, after: &[usize]) -> Rules {
         notifies: true,
         start_deadline: seconds(90),
         stop_deadline: seconds(10),
+        watchdog: None,
     }
+}
+
+/// One service that owes a sign of life each half minute, ready from the first second on.
+fn watched() -> Supervisor {
+    let mut supervisor = Supervisor::new(vec![Rules { watchdog: Some(seconds(30)), ..rules("hostd", &[]) }]);
+    step(&mut supervisor, 0, Event::Tick);
+    step(&mut supervisor, 0, Event::Spawned(HOSTD, 10));
+    step(&mut supervisor, 1, Event::BecameReady(HOSTD));
+    supervisor
 }
 
 fn host() -> Supervisor {
@@ -135,6 +145,69 @@ fn a_forced_shutdown_waits_for_nobody() {
     assert_eq!(supervisor.next_deadline(), None);
 }
 
+#[test]
+fn one_that_gives_no_sign_of_life_is_killed_and_started_again() {
+    let mut supervisor = watched();
+    assert_eq!(step(&mut supervisor, 20, Event::Alive(HOSTD)), []);
+    assert_eq!(supervisor.next_deadline(), Some(seconds(50)));
+    assert_eq!(step(&mut supervisor, 49, Event::Tick), []);
+    assert_eq!(step(&mut supervisor, 50, Event::Tick), [Action::Kill(HOSTD)]);
+    assert_eq!(step(&mut supervisor, 51, Event::Tick), [], "it is killed once");
+    let status = supervisor.status(HOSTD);
+    assert_eq!(status.state, ServiceState::Stopping);
+    assert_eq!(status.last_failure, "hung: gave no sign of life for 30 s and was killed");
+    step(&mut supervisor, 51, Event::Ended(HOSTD, "was killed by signal 9".into()));
+    assert!(supervisor.status(HOSTD).last_failure.starts_with("hung"), "the cause, not how it ended");
+    assert_eq!(supervisor.status(HOSTD).state, ServiceState::BackingOff);
+    assert_eq!(step(&mut supervisor, 52, Event::Tick), [Action::Spawn(HOSTD)]);
+    assert_eq!(supervisor.status(HOSTD).restarts, 1);
+}
+
+#[test]
+fn one_that_is_not_ready_owes_no_sign_of_life() {
+    let mut supervisor = Supervisor::new(vec![Rules { watchdog: Some(seconds(30)), ..rules("hostd", &[]) }]);
+    step(&mut supervisor, 0, Event::Tick);
+    step(&mut supervisor, 0, Event::Spawned(HOSTD, 10));
+    assert_eq!(step(&mut supervisor, 80, Event::Tick), [], "its start has a deadline of its own");
+    step(&mut supervisor, 80, Event::BecameReady(HOSTD));
+    assert_eq!(step(&mut supervisor, 109, Event::Tick), []);
+    assert_eq!(step(&mut supervisor, 109, Event::Stop(HOSTD)), [Action::Terminate(HOSTD)]);
+    assert_eq!(step(&mut supervisor, 118, Event::Tick), [], "asked to stop, it has the time to");
+    assert_eq!(step(&mut supervisor, 119, Event::Tick), [Action::Kill(HOSTD)]);
+}
+
+#[test]
+fn after_the_machine_stood_still_nobody_is_taken_for_hung() {
+    let mut supervisor = watched();
+    assert_eq!(step(&mut supervisor, 500, Event::StoodStill), []);
+    assert_eq!(step(&mut supervisor, 529, Event::Tick), []);
+    assert_eq!(step(&mut supervisor, 530, Event::Tick), [Action::Kill(HOSTD)]);
+}
+
+#[test]
+fn one_that_hangs_at_each_start_backs_off_and_one_that_was_stable_does_not() {
+    let mut supervisor = watched();
+    let mut at = 1;
+    let mut delays = Vec::new();
+    for stable in [false, false, false, true] {
+        if stable {
+            at += 60;
+            step(&mut supervisor, at - 30, Event::Alive(HOSTD));
+            step(&mut supervisor, at, Event::Alive(HOSTD));
+        }
+        at += 30;
+        assert_eq!(step(&mut supervisor, at, Event::Tick), [Action::Kill(HOSTD)]);
+        step(&mut supervisor, at, Event::Ended(HOSTD, "was killed".into()));
+        let due = supervisor.next_deadline().unwrap().as_secs();
+        delays.push(due - at);
+        at = due;
+        assert_eq!(step(&mut supervisor, at, Event::Tick), [Action::Spawn(HOSTD)]);
+        step(&mut supervisor, at, Event::Spawned(HOSTD, 10));
+        step(&mut supervisor, at, Event::BecameReady(HOSTD));
+    }
+    assert_eq!(delays, [1, 2, 4, 1]);
+}
+
 /// What the world may do between two steps of the supervisor.
 #[derive(Debug, Clone)]
 enum Happening {
@@ -144,6 +217,7 @@ enum Happening {
     SpawnsFail(bool),
     Obeys(bool),
     Ask(usize, u8),
+    Alive(usize),
     Shutdown,
 }
 
@@ -155,6 +229,7 @@ fn happenings() -> impl Strategy<Value = Vec<Happening>> {
         2 => service.clone().prop_map(Happening::Dies),
         1 => any::<bool>().prop_map(Happening::SpawnsFail),
         1 => any::<bool>().prop_map(Happening::Obeys),
+        3 => service.clone().prop_map(Happening::Alive),
         2 => (service, 0..3_u8).prop_map(|(place, what)| Happening::Ask(place, what)),
         1 => Just(Happening::Shutdown),
     ];
@@ -177,7 +252,7 @@ impl World {
     fn new() -> Self {
         let supervisor = Supervisor::new(vec![
             rules("a", &[]),
-            rules("b", &[0]),
+            Rules { watchdog: Some(seconds(30)), ..rules("b", &[0]) },
             rules("c", &[0, 1]),
             Rules { notifies: false, ..rules("d", &[1]) },
         ]);
@@ -251,6 +326,7 @@ impl World {
                 self.tell(Event::Tick);
             }
             Happening::Ready(place) => self.tell(Event::BecameReady(ServiceId(place))),
+            Happening::Alive(place) => self.tell(Event::Alive(ServiceId(place))),
             Happening::Dies(place) => {
                 if let Some(event) = self.die(place) {
                     self.tell(event);
@@ -274,6 +350,9 @@ impl World {
             assert_eq!(unit.pid(), self.alive.get(&place).copied().unwrap_or(0), "{}", unit.rules.name);
             assert_eq!(unit.shown, unit.state());
             assert!(unit.next_delay <= BACK_OFF_MOST);
+            if let Some(at) = unit.silent_at().filter(|_| unit.desired == Desired::Up) {
+                assert!(self.now < at, "{} is silent for too long and left alone", unit.rules.name);
+            }
             if let Actual::BackOff { until } = unit.actual {
                 assert!(until <= self.now + BACK_OFF_MOST);
             }
@@ -324,6 +403,7 @@ proptest! {
             world.happen(Happening::Wait(10));
             for place in 0..4 {
                 world.happen(Happening::Ready(place));
+                world.happen(Happening::Alive(place));
             }
         }
         prop_assert!(world.supervisor.all_ready());
