@@ -14,7 +14,7 @@ use crate::join::store::{Identity, Store};
 use crate::join::token::Join;
 use crate::join::{self, cluster_info, renew};
 use crate::node::capacity::Capacity;
-use crate::notify::notify;
+use crate::notify;
 use crate::report::Report;
 use crate::{kubelet_api, node, pods};
 use atoll_spec::node::{AgentConfig, JoinState};
@@ -73,11 +73,12 @@ pub async fn run(options: Options) -> Result<()> {
     let signals = stop_on_signals(stop.clone())?;
     let report = Report::new();
     let writer = tokio::spawn(report.clone().write(options.status.clone()));
-    notify("READY=1");
+    notify::notify("READY=1");
     // Both arms may be cancelled anywhere: the files on disk are whole at any time.
     let result = tokio::select! {
         result = live(Arc::new(options), &report, stop, stopped.clone()) => result,
         () = wait_for(stopped, Duration::ZERO) => Ok(()),
+        () = notify::stay_alive() => Ok(()),
     };
     if let Err(error) = &result {
         report.failed(JoinState::Failed, chain(error));

@@ -129,7 +129,7 @@ pub fn table() -> Vec<Service> {
             notifies: true,
             start_deadline: Duration::from_secs(90),
             stop_deadline: Duration::from_secs(15),
-            watchdog: None,
+            watchdog: Some(WATCHDOG),
             confinement: confinement(ROOT, RUNTIME, 65536),
             // Helpers that unpack image layers live in here too.
             limits: Limits { memory_min_mib: 64, memory_max_mib: 1536, processes: 4096 },
@@ -141,7 +141,7 @@ pub fn table() -> Vec<Service> {
             notifies: true,
             start_deadline: Duration::from_secs(90),
             stop_deadline: Duration::from_secs(20),
-            watchdog: None,
+            watchdog: Some(WATCHDOG),
             confinement: Confinement {
                 hidden: vec!["/esp".into()],
                 ..confinement(User { uid: 800, gid: 800, groups: vec![801] }, 0, 65536)

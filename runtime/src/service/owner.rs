@@ -6,6 +6,7 @@
 
 use crate::console::Console;
 use crate::error::{Error, Result};
+use crate::notify;
 use crate::service::container::{ContainerEvent, ContainerPhase, Ended};
 use crate::service::jobs;
 use crate::service::recover;
@@ -134,9 +135,16 @@ impl Owner {
         mut news: mpsc::Receiver<GuestNews>,
         mut stop: watch::Receiver<bool>,
     ) {
+        let alive_every = notify::alive_every();
+        let mut alive_at = tokio::time::Instant::now();
         loop {
-            // Cancel-safe: recv, join_next and wait_for lose nothing when another arm wins.
+            // Cancel-safe: recv, join_next, sleeping and wait_for lose nothing when another arm wins.
             tokio::select! {
+                () = tokio::time::sleep_until(alive_at), if alive_every.is_some() => {
+                    // From here, where all state is: init restarts a runtime whose owner hangs.
+                    notify::notify("WATCHDOG=1");
+                    alive_at = tokio::time::Instant::now() + alive_every.unwrap_or_default();
+                }
                 command = commands.recv() => match command {
                     Some(command) => self.command(command),
                     None => break,
