@@ -215,6 +215,7 @@ impl<'a> EventLoop<'a> {
                 self.tell(match notice {
                     Notice::Ready => Event::BecameReady(id),
                     Notice::Alive => Event::Alive(id),
+                    Notice::TakesLonger(more) => Event::TakesLonger(id, more),
                     Notice::Status(text) => Event::Said(id, text),
                 });
             }

@@ -5,7 +5,7 @@ use crate::sys::Syscalls;
 use std::io;
 
 /// Path under `/proc/sys`, value, reason.
-const SETTINGS: [(&str, &str, &str); 26] = [
+const SETTINGS: [(&str, &str, &str); 27] = [
     ("kernel/panic", "10", "a kernel that panicked boots again after its text was read"),
     ("kernel/panic_on_oops", "1", "a kernel that is known to be damaged must not go on serving pods"),
     ("kernel/hung_task_timeout_secs", "120", "tasks stuck in the kernel show in its log"),
@@ -13,6 +13,11 @@ const SETTINGS: [(&str, &str, &str); 26] = [
     ("kernel/dmesg_restrict", "1", "the kernel log is for the host's own services"),
     ("kernel/unprivileged_bpf_disabled", "2", "no service without capabilities needs BPF"),
     ("net/core/bpf_jit_harden", "2", "compiled BPF is not a place to spray code into"),
+    (
+        "net/ipv4/tcp_mtu_probing",
+        "1",
+        "a path that drops large packets without a word must not stall connections",
+    ),
     ("kernel/perf_event_paranoid", "3", "performance counters leak what runs beside"),
     ("kernel/kexec_load_disabled", "1", "the signed image is the only kernel that ever boots"),
     ("kernel/io_uring_disabled", "2", "nothing on the host uses io_uring, a large attack surface"),

@@ -1,5 +1,6 @@
 //! The readiness protocol: services send datagrams such as `READY=1\nSTATUS=…` to `$NOTIFY_SOCKET`, and `WATCHDOG=1`
-//! at least each `$WATCHDOG_USEC` microseconds where that is set, as systemd's services do. The kernel says
+//! at least each `$WATCHDOG_USEC` microseconds where that is set, and
+//! `EXTEND_TIMEOUT_USEC=…` when they take longer to be ready, as systemd's services do. The kernel says
 //! which process sent one; only a process in a service's own cgroup speaks for that service.
 
 use crate::error::{Error, Result};
@@ -8,6 +9,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
+use std::time::Duration;
 
 /// Longest status text kept.
 const LONGEST_STATUS: usize = 512;
@@ -21,6 +23,8 @@ pub enum Notice {
     Status(String),
     /// It is alive.
     Alive,
+    /// It takes this much longer until it is ready.
+    TakesLonger(Duration),
 }
 
 /// The socket.
@@ -73,6 +77,9 @@ pub fn parse(content: &[u8]) -> Vec<Notice> {
         .filter_map(|line| match line.split_once('=') {
             Some(("READY", "1")) => Some(Notice::Ready),
             Some(("WATCHDOG", "1")) => Some(Notice::Alive),
+            Some(("EXTEND_TIMEOUT_USEC", text)) => {
+                text.parse().ok().map(|micros| Notice::TakesLonger(Duration::from_micros(micros)))
+            }
             Some(("STATUS", text)) => {
                 Some(Notice::Status(text.chars().filter(|c| !c.is_control()).take(LONGEST_STATUS).collect()))
             }
@@ -94,8 +101,8 @@ mod tests {
     #[test]
     fn knows_ready_and_status_and_passes_over_the_rest() {
         assert_eq!(
-            parse(b"READY=1\nSTATUS=up \x1b[2J\nMAINPID=1\nREADY=0\nWATCHDOG=1\nWATCHDOG=trigger\n\xff"),
-            [Notice::Ready, Notice::Status("up [2J".into()), Notice::Alive]
+            parse(b"READY=1\nSTATUS=up \x1b[2J\nMAINPID=1\nREADY=0\nWATCHDOG=1\nWATCHDOG=trigger\nEXTEND_TIMEOUT_USEC=5000000\nEXTEND_TIMEOUT_USEC=-1\n\xff"),
+            [Notice::Ready, Notice::Status("up [2J".into()), Notice::Alive, Notice::TakesLonger(Duration::from_secs(5))]
         );
         assert_eq!(parse(b""), []);
     }

@@ -32,6 +32,9 @@ pub const BACK_OFF_MOST: Duration = Duration::from_secs(60);
 /// A service that was ready this long begins with the first back-off again.
 pub const STABLE: Duration = Duration::from_secs(60);
 
+/// Most time that a service can ask for at once until it is ready.
+pub const LONGEST_EXTENSION: Duration = Duration::from_secs(3600);
+
 /// Place of a service in the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ServiceId(pub usize);
@@ -68,6 +71,8 @@ pub enum Event {
     BecameReady(ServiceId),
     /// It gives a sign of life.
     Alive(ServiceId),
+    /// It says that it takes this much longer until it is ready.
+    TakesLonger(ServiceId, Duration),
     /// It says something of itself.
     Said(ServiceId, String),
     /// Nobody ran for a while, not even this process: silence so far says nothing about anyone.
@@ -192,6 +197,11 @@ impl Supervisor {
                 let unit = self.unit(id);
                 if let Actual::Starting { pid, .. } = unit.actual {
                     unit.actual = Actual::Ready { pid, heard: now };
+                }
+            }
+            Event::TakesLonger(id, more) => {
+                if let Actual::Starting { until, .. } = &mut self.unit(id).actual {
+                    *until = (*until).max(now + more.min(LONGEST_EXTENSION));
                 }
             }
             Event::Alive(id) => self.unit(id).heard(now),

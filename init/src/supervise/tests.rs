@@ -177,6 +177,18 @@ fn one_that_is_not_ready_owes_no_sign_of_life() {
 }
 
 #[test]
+fn one_that_says_that_it_takes_longer_gets_the_time_and_no_more() {
+    let mut supervisor = Supervisor::new(vec![rules("hostd", &[])]);
+    step(&mut supervisor, 0, Event::Tick);
+    step(&mut supervisor, 0, Event::Spawned(HOSTD, 10));
+    step(&mut supervisor, 80, Event::TakesLonger(HOSTD, seconds(1000)));
+    assert_eq!(step(&mut supervisor, 1079, Event::Tick), []);
+    step(&mut supervisor, 1079, Event::TakesLonger(HOSTD, Duration::MAX));
+    assert_eq!(step(&mut supervisor, 1079 + 3599, Event::Tick), []);
+    assert_eq!(step(&mut supervisor, 1079 + 3600, Event::Tick), [Action::Terminate(HOSTD)]);
+}
+
+#[test]
 fn after_the_machine_stood_still_nobody_is_taken_for_hung() {
     let mut supervisor = watched();
     assert_eq!(step(&mut supervisor, 500, Event::StoodStill), []);
