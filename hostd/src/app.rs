@@ -7,12 +7,12 @@
 
 use crate::clock::{self, Authority};
 use crate::error::{Result, chain};
-use crate::host::{Event, Host};
+use crate::host::{Asked, Event, Host};
 use crate::links::Links;
 use crate::notify::Notifier;
 use crate::options::{ClockMode, Options};
 use crate::status::{Area, Status};
-use crate::{agent_status, bus, config, console, metrics, prepare};
+use crate::{agent_status, bus, config, console, metrics, names, prepare};
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -20,6 +20,8 @@ use tokio::time::Instant;
 
 /// Between two attempts to prepare the storage.
 const STORAGE_RETRY: Duration = Duration::from_secs(30);
+/// What init is asked for beyond the deadline of a storage step.
+const STORAGE_MARGIN: Duration = Duration::from_secs(60);
 /// Between two attempts to fetch the config: the first pause, and the longest.
 const URL_RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 
@@ -62,13 +64,13 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> Result<()>
     }
     notifier.status("setting up the network");
     let (sender, mut events) = mpsc::channel(64);
-    let time_servers = spawn_watchers(&options, &sender, &mut tasks);
+    let asked = spawn_watchers(&options, &sender, &mut tasks);
     let links = Links::open(
         options.sys.clone(),
         forward(&mut tasks, &sender, Event::Lease),
         forward(&mut tasks, &sender, |()| Event::Wake),
     )?;
-    let mut host = Host::new(options, status, links, time_servers);
+    let mut host = Host::new(options, status, links, asked);
     host.refresh(&told, &notifier).await;
     loop {
         notifier.alive();
@@ -106,7 +108,11 @@ async fn prepare_storage(
 ) {
     notifier.status("preparing storage");
     loop {
-        match prepare::prepare(options, |text| notifier.status(text)).await {
+        let tell = |text: &str, within| {
+            notifier.status(text);
+            notifier.takes_longer(within + STORAGE_MARGIN);
+        };
+        match prepare::prepare(options, tell).await {
             Ok(storage) => {
                 status.storage = storage.summary;
                 status.persistent = storage.persistent;
@@ -117,6 +123,9 @@ async fn prepare_storage(
                 let text = chain(&error);
                 tracing::error!("storage is not ready: {text}");
                 notifier.status(&format!("storage is not ready: {text}"));
+                // A person has to do something first; to be started again would mend nothing.
+                let disk = Duration::from_secs(options.disk_deadline);
+                notifier.takes_longer(STORAGE_RETRY + disk + STORAGE_MARGIN);
                 status.storage = "not ready, tried again every half minute".into();
                 status.set_problems(Area::Storage, [text]);
                 told.send_replace(status.clone());
@@ -126,19 +135,18 @@ async fn prepare_storage(
     }
 }
 
-/// Starts the tasks that watch what hostd does not do itself. Returns where the clock's servers go.
-fn spawn_watchers(
-    options: &Options,
-    events: &mpsc::Sender<Event>,
-    tasks: &mut JoinSet<()>,
-) -> watch::Sender<Vec<String>> {
+/// Starts the tasks that watch what hostd does not do itself. Returns where the servers to ask go.
+fn spawn_watchers(options: &Options, events: &mpsc::Sender<Event>, tasks: &mut JoinSet<()>) -> Asked {
     let (time_servers, servers) = watch::channel(Vec::new());
+    let (name_servers, names) = watch::channel(Vec::new());
     let authority = match options.clock {
         ClockMode::Set => Authority::Set,
         ClockMode::Report => Authority::Report,
     };
     let changes = forward(tasks, events, Event::Clock);
     tasks.spawn(clock::run(authority, servers, changes));
+    let changes = forward(tasks, events, Event::Names);
+    tasks.spawn(names::run(names, changes));
     let changes = forward(tasks, events, Event::Agent);
     tasks.spawn(agent_status::run(options.run.join("agent/status.json"), changes));
     let changes = forward(tasks, events, Event::Services);
@@ -148,7 +156,7 @@ fn spawn_watchers(
         let events = events.clone();
         tasks.spawn(fetch_config(url, sources, events));
     }
-    time_servers
+    Asked { time: time_servers, names: name_servers }
 }
 
 /// Fetches the config at the URL until there is one without a problem.

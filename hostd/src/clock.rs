@@ -164,6 +164,11 @@ async fn exchange(server: SocketAddr) -> Result<Sample, String> {
     }
 }
 
+/// Whether the machine's clock says a time at which this system did not exist yet.
+pub fn is_impossible() -> bool {
+    now() < NOT_BEFORE
+}
+
 /// Nanoseconds since 1970 on our clock.
 fn now() -> i128 {
     match SystemTime::now().duration_since(UNIX_EPOCH) {

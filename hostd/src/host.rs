@@ -13,7 +13,7 @@ use crate::plan::Step;
 use crate::plan::network::{host_addresses, link_addresses};
 use crate::publish::{self, Facts, Publication};
 use crate::status::{Area, LinkStatus, Status};
-use crate::{boot_reason, console};
+use crate::{boot_reason, console, metrics};
 use atoll_spec::control::ServiceStatus;
 use atoll_spec::machine::domain::Machine;
 use atoll_spec::node::AgentStatus;
@@ -34,12 +34,22 @@ pub enum Event {
     Lease(Change),
     /// The clock was set, or could not be.
     Clock(Clock),
+    /// Why no name server answers; `None` when one does.
+    Names(Option<String>),
     /// The agent said something.
     Agent(Option<AgentStatus>),
     /// A service changed.
     Services(Vec<ServiceStatus>),
     /// The config at the URL was fetched, or could not be.
     Fetched(Result<Box<Loaded>, String>),
+}
+
+/// Where the lists of servers go that tasks of their own ask.
+pub struct Asked {
+    /// Time servers.
+    pub time: watch::Sender<Vec<String>>,
+    /// Name servers.
+    pub names: watch::Sender<Vec<IpAddr>>,
 }
 
 /// The state.
@@ -54,7 +64,9 @@ pub struct Host {
     view: View,
     machine_id: String,
     named_before: Option<String>,
-    time_servers: watch::Sender<Vec<String>>,
+    asked: Asked,
+    /// The last ones that were not none.
+    addresses: Vec<IpAddr>,
     status: Status,
     deadline: Instant,
     announced: bool,
@@ -62,12 +74,7 @@ pub struct Host {
 
 impl Host {
     /// Loads the config of this machine. The status has the storage in it already.
-    pub fn new(
-        options: Options,
-        mut status: Status,
-        links: Links,
-        time_servers: watch::Sender<Vec<String>>,
-    ) -> Self {
+    pub fn new(options: Options, mut status: Status, links: Links, asked: Asked) -> Self {
         let sources = options.config_sources();
         status.boot_reason = boot_reason::read(&options.state);
         let mut host = Self {
@@ -79,7 +86,8 @@ impl Host {
             url_failure: String::new(),
             links,
             view: View::default(),
-            time_servers,
+            asked,
+            addresses: Vec::new(),
             status,
             announced: false,
             options,
@@ -101,6 +109,12 @@ impl Host {
                     tracing::warn!("the clock is not synchronised, the machine's own is used: {why}");
                 }
                 self.status.clock = clock;
+            }
+            Event::Names(dead) => {
+                if dead.is_none() {
+                    tracing::info!("DNS answers again");
+                }
+                self.status.set_problems(Area::Names, dead.map(|why| no_name_server(&why)));
             }
             Event::Agent(agent) => {
                 self.status.agent = agent;
@@ -180,12 +194,15 @@ impl Host {
         let resolv_conf = publish::resolv_conf(&self.machine, &leased.dns, &leased.domains);
         let resolver = publish::write_resolv_conf(&self.options.run, &resolv_conf);
         self.note_time_servers(&leased);
+        self.note_name_servers();
         let addresses = host_addresses(&self.view.desired, &self.view.links);
         let was_ready = self.status.ready;
         if !was_ready && (late || self.settled(&addresses)) {
             self.say_what_is_missing(&addresses);
             self.status.ready = true;
         }
+        self.note_clock();
+        self.note_space();
         let published = if self.status.ready { self.publish(addresses, leased) } else { Ok(()) };
         let failed = [resolver, published].into_iter().filter_map(Result::err);
         self.status.set_problems(Area::Files, failed.map(|error| chain(&error)));
@@ -206,7 +223,7 @@ impl Host {
         let clock = match self.status.clock {
             Clock::Synchronised { .. } => true,
             // DHCP may still name a server.
-            Clock::NoServer => self.time_servers.borrow().is_empty() && !self.links.asking(),
+            Clock::NoServer => self.asked.time.borrow().is_empty() && !self.links.asking(),
             Clock::Asking | Clock::Unreachable(_) => false,
         };
         !addresses.is_empty() && clock && !self.url_awaited
@@ -258,7 +275,7 @@ impl Host {
             servers.clear();
         }
         let none_known = servers.is_empty();
-        self.time_servers.send_if_modified(|old| {
+        self.asked.time.send_if_modified(|old| {
             let changed = *old != servers;
             *old = servers;
             changed
@@ -268,7 +285,36 @@ impl Host {
         }
     }
 
+    /// Without an address, asking would only fail.
+    fn note_name_servers(&self) {
+        let reachable = self.view.desired.iter().any(|d| !d.addresses.is_empty());
+        let servers = if reachable { self.status.dns.clone() } else { Vec::new() };
+        self.asked.names.send_if_modified(|old| {
+            let changed = *old != servers;
+            *old = servers;
+            changed
+        });
+    }
+
+    /// A clock that nobody set and that cannot be right fails every certificate, far from here.
+    fn note_clock(&mut self) {
+        let trusted = matches!(self.status.clock, Clock::Synchronised { .. });
+        let wrong = self.status.ready && !trusted && crate::clock::is_impossible();
+        self.status.set_problems(Area::Clock, wrong.then(|| WRONG_CLOCK.to_owned()));
+    }
+
+    /// The agent tells the cluster at the same mark (`DiskPressure`).
+    fn note_space(&mut self) {
+        let space = if self.status.persistent { metrics::space(&self.options.data) } else { None };
+        let full = space.filter(|(all, free)| free.saturating_mul(10) < *all);
+        self.status.set_problems(Area::Space, full.map(|(all, free)| too_little_space(all, free)));
+    }
+
     fn publish(&mut self, addresses: Vec<IpAddr>, leased: Leased) -> Result<()> {
+        // Between two leases there is none: the old one is as good as any until there is the next.
+        if !addresses.is_empty() {
+            self.addresses = addresses;
+        }
         let before = self.named_before.as_deref();
         let node = publish::node_name(&self.machine, before, leased.hostname.as_deref(), &self.machine_id);
         if self.named_before.as_deref() != Some(&node) {
@@ -283,13 +329,33 @@ impl Host {
         }
         let facts = Facts {
             node,
-            addresses,
+            addresses: self.addresses.clone(),
             clock_synchronised: matches!(self.status.clock, Clock::Synchronised { .. }),
             machine_id: self.machine_id.clone(),
             system: self.status.system.clone(),
         };
         Publication::new(&self.machine, facts).write(&self.options.run)
     }
+}
+
+/// What the console says while the clock cannot be right.
+const WRONG_CLOCK: &str = "the clock says a time before 2025 and no time server has set it, so no certificate counts as \
+    valid and joining fails: give 'time.servers' in machine.yaml, or set the clock in the firmware";
+
+fn no_name_server(why: &str) -> String {
+    format!(
+        "DNS is dead ({why}): names of registries and servers are not found, addresses still work; check the name \
+         server, or give 'network.dns.servers' in machine.yaml"
+    )
+}
+
+fn too_little_space(all: u64, free: u64) -> String {
+    // In steps, so that a disk that fills does not fill the console.
+    let percent = free.saturating_mul(100) / all.max(1);
+    format!(
+        "DATA is nearly full ({percent} % free): images cannot be pulled and pods that write to disk fail; delete pods \
+         that are not needed, or give the machine a larger disk"
+    )
 }
 
 fn read_line(path: &Path) -> Option<String> {

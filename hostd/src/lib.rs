@@ -20,6 +20,7 @@ pub mod gpt;
 pub mod host;
 pub mod links;
 pub mod metrics;
+pub mod names;
 pub mod notify;
 pub mod observe;
 pub mod options;

@@ -94,7 +94,7 @@ fn health(status: &Status) -> (StatusCode, String) {
 }
 
 /// Total and free bytes of the file system that holds `data`.
-fn space(data: &Path) -> Option<(u64, u64)> {
+pub fn space(data: &Path) -> Option<(u64, u64)> {
     let stat = rustix::fs::statvfs(data).ok()?;
     Some((stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize))
 }

@@ -42,6 +42,11 @@ impl Notifier {
         self.send(&format!("READY=1\nSTATUS={}", text.replace('\n', " ")));
     }
 
+    /// Says that it will take this much longer until the host can be used.
+    pub fn takes_longer(&self, within: Duration) {
+        self.send(&format!("EXTEND_TIMEOUT_USEC={}", within.as_micros()));
+    }
+
     fn send(&self, message: &str) {
         if let Some((socket, path)) = &self.socket
             && let Err(error) = socket.send_to(message.as_bytes(), path)

@@ -61,8 +61,8 @@ async fn wait_for_disk(options: &Options) -> Result<Observed> {
 }
 
 /// Plans and does it all; a step that fails ends it, because each needs those before it. Growing is not needed.
-/// `tell` is told what is being done, for it may take minutes on a large disk.
-pub async fn prepare(options: &Options, tell: impl Fn(&str)) -> Result<Storage> {
+/// `tell` is told what is being done and how long it may take, for that is minutes on a large disk.
+pub async fn prepare(options: &Options, tell: impl Fn(&str, Duration)) -> Result<Storage> {
     let (plan, summary) = plan_storage(options).await?;
     let mut notes = plan.notes;
     for step in &plan.steps {
@@ -70,7 +70,7 @@ pub async fn prepare(options: &Options, tell: impl Fn(&str)) -> Result<Storage> 
             Step::Directory { .. } => tracing::debug!("{step}"),
             _ => {
                 tracing::info!("{step}");
-                tell(&step.to_string());
+                tell(&step.to_string(), apply::storage::within(step));
             }
         }
         match (apply::storage::apply(step).await, step) {

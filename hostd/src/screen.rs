@@ -42,7 +42,8 @@ fn addresses(status: &Status) -> String {
     let describe = |link: &LinkStatus| {
         let origin = if link.dhcp { "DHCP" } else { "static" };
         match (link.addresses.is_empty(), link.carrier) {
-            (false, _) => format!("{} ({}, {origin})", join(&link.addresses), link.name),
+            (false, true) => format!("{} ({}, {origin})", join(&link.addresses), link.name),
+            (false, false) => format!("{} ({}, {origin}, no cable)", join(&link.addresses), link.name),
             (true, true) if link.dhcp => format!("none yet ({}, asking by DHCP)", link.name),
             (true, true) => format!("none ({})", link.name),
             (true, false) => format!("none ({}, no cable)", link.name),
@@ -98,14 +99,15 @@ fn cluster(status: &Status) -> String {
 /// What is wrong and what to do, the root of it first.
 fn todo(status: &Status) -> Vec<String> {
     let mut out: Vec<String> = status.problems.iter().map(|p| p.text.clone()).collect();
-    if !status.links.is_empty() && status.links.iter().all(|l| l.addresses.is_empty()) && status.ready {
-        let cable = status.links.iter().all(|l| !l.carrier);
-        out.push(if cable {
-            "no link has a peer: plug in a cable, or check the switch port".into()
-        } else {
-            "no address: check the DHCP server, or give 'network.links' with 'addresses' in machine.yaml"
-                .into()
-        });
+    if !status.links.is_empty() && status.ready {
+        if status.links.iter().all(|l| !l.carrier) {
+            out.push("no link has a peer: plug in a cable, or check the switch port".into());
+        } else if status.links.iter().all(|l| l.addresses.is_empty()) {
+            out.push(
+                "no address: check the DHCP server, or give 'network.links' with 'addresses' in machine.yaml"
+                    .into(),
+            );
+        }
     }
     if status.links.is_empty() && status.ready {
         out.push(
@@ -202,6 +204,15 @@ mod tests {
         {
             assert!(text.contains(part), "{part}: {text}");
         }
+        status.links[0].addresses = vec!["10.0.0.7".parse().unwrap()];
+        let text = lines(&status).join("\n");
+        assert!(
+            text.contains("10.0.0.7 (eth0, DHCP, no cable)") && text.contains("plug in a cable"),
+            "{text}"
+        );
+        status.links[0] = LinkStatus { carrier: true, addresses: vec![], ..status.links[0].clone() };
+        let text = lines(&status).join("\n");
+        assert!(text.contains("check the DHCP server") && !text.contains("plug in"), "{text}");
         status.set_problems(Area::Config, []);
         assert!(!lines(&status).join("\n").contains("hostname"));
     }

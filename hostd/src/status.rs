@@ -58,6 +58,12 @@ pub enum Area {
     Config,
     /// Links, addresses, routes.
     Network,
+    /// Room on DATA.
+    Space,
+    /// Name servers.
+    Names,
+    /// The clock.
+    Clock,
     /// The files for other processes.
     Files,
 }

@@ -98,7 +98,8 @@ fn a_host_with_dhcp_and_time_gets_ready_and_renews() {
     );
     lab.expect("atoll:   address   ", 10);
     wait_for("a renewal", 20, || (lab.read("dnsmasq.log").matches("DHCPACK").count() >= 2).then_some(()));
-    for (path, text) in [("/healthz", "200 OK"), ("/metrics", "atoll_clock_synchronised 1\n"), ("/x", "404")]
+    for (path, text) in
+        [("/healthz", "text/plain"), ("/metrics", "atoll_clock_synchronised 1\n"), ("/x", "404")]
     {
         let mut stream = std::os::unix::net::UnixStream::connect(lab.path("run/hostd/metrics.sock")).unwrap();
         write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
@@ -247,4 +248,93 @@ fn a_dry_run_prints_the_steps_and_does_none() {
     assert!(printed.contains("  eth0: switch on\n"), "{printed}");
     assert!(!lab.path("data/pods").exists());
     assert!(!lab.host(&["ip", "link", "show", "eth0"]).contains("state UP"));
+}
+
+#[test]
+fn signs_of_life_come_as_often_as_init_wants_and_end_when_it_hangs() {
+    let lab = Lab::new();
+    let notify = notify_socket(&lab.path("notify"));
+    let hostd = lab.hostd_with(&["--network-deadline", "1"], &[("WATCHDOG_USEC", "1500000")]);
+    let mut buffer = [0; 4096];
+    let mut alive = || {
+        loop {
+            let length = notify.recv(&mut buffer)?;
+            if buffer[..length] == b"WATCHDOG=1"[..] {
+                return std::io::Result::Ok(());
+            }
+        }
+    };
+    // The first ones of a start wait for netlink, and for a machine that does much else.
+    alive().unwrap();
+    let began = std::time::Instant::now();
+    for _ in 0..10 {
+        alive().unwrap();
+    }
+    assert!(began.elapsed() < std::time::Duration::from_secs(15), "{:?} for 10 of them", began.elapsed());
+    hostd.signal(rustix::process::Signal::STOP);
+    notify.set_read_timeout(Some(std::time::Duration::from_secs(3))).unwrap();
+    while alive().is_ok() {}
+    hostd.signal(rustix::process::Signal::CONT);
+    alive().unwrap();
+}
+
+#[test]
+fn a_lease_renewed_with_another_address_reaches_the_agent_which_never_sees_none() {
+    let mut lab = Lab::new();
+    let hosts = lab.path("hosts");
+    lab.host(&["ip", "link", "set", "eth0", "address", "02:00:00:00:09:01"]);
+    std::fs::write(&hosts, "02:00:00:00:09:01,10.9.0.50\n").unwrap();
+    lab.dnsmasq(&[
+        "--dhcp-range=10.9.0.40,10.9.0.60,255.255.255.0,2m",
+        "--dhcp-option=option:T1,4",
+        &format!("--dhcp-hostsfile={}", hosts.display()),
+    ]);
+    let _hostd = lab.hostd(&["--network-deadline", "5"]);
+    let address =
+        |lab: &Lab| lab.agent_config().addresses.iter().map(ToString::to_string).collect::<Vec<_>>();
+    wait_for("the agent's config", 20, || lab.path("run/agent/config.json").exists().then_some(()));
+    wait_for("the first address", 20, || (address(&lab) == ["10.9.0.50"]).then_some(()));
+    std::fs::write(&hosts, "02:00:00:00:09:01,10.9.0.51\n").unwrap();
+    lab.servers[0].signal(rustix::process::Signal::HUP);
+    wait_for("the other address", 30, || {
+        let now = address(&lab);
+        assert!(!now.is_empty(), "a node without an address gets no certificate");
+        (now == ["10.9.0.51"]).then_some(())
+    });
+    let shown = lab.host(&["ip", "-4", "addr", "show", "dev", "eth0"]);
+    assert!(!shown.contains("10.9.0.50"), "{shown}");
+}
+
+#[test]
+fn dead_dns_is_told_and_so_is_its_return() {
+    let mut lab = Lab::new();
+    let link = "{match: {name: eth0}, addresses: [10.9.0.20/24]}";
+    let network = format!("network: {{links: [{link}], dns: {{servers: [10.9.0.1]}}}}\n");
+    std::fs::write(lab.path("esp/machine.yaml"), machine(&network)).unwrap();
+    let _hostd = lab.hostd(&["--network-deadline", "1"]);
+    lab.expect("DNS is dead (10.9.0.1: ", 30);
+    lab.expect("check the name server, or give 'network.dns.servers' in machine.yaml", 10);
+    wait_for("bad health", 10, || lab.health()?.contains("DNS is dead").then_some(()));
+    lab.dnsmasq(&["--port=53", "--no-resolv", "--no-hosts"]);
+    lab.expect("DNS answers again", 30);
+    wait_for("good health", 10, || lab.health()?.contains("200 OK").then_some(()));
+}
+
+#[test]
+fn without_a_time_server_the_console_says_so() {
+    let mut lab = Lab::new();
+    lab.dnsmasq(&["--dhcp-range=10.9.0.50,10.9.0.60,255.255.255.0,2m", "--dhcp-option=option:ntp-server"]);
+    let _hostd = lab.hostd(&["--network-deadline", "3"]);
+    lab.expect("no time server is configured, nor named by DHCP: the clock of the machine is used", 20);
+}
+
+#[test]
+fn a_time_server_that_does_not_answer_is_named() {
+    let mut lab = Lab::new();
+    lab.dnsmasq(&[
+        "--dhcp-range=10.9.0.50,10.9.0.60,255.255.255.0,2m",
+        "--dhcp-option=option:ntp-server,10.9.0.1",
+    ]);
+    let _hostd = lab.hostd(&["--network-deadline", "6"]);
+    lab.expect("no time server answers (10.9.0.1: ", 25);
 }

@@ -15,6 +15,22 @@ use tokio::process::Command;
 const FORMAT_DEADLINE: Duration = Duration::from_secs(300);
 const CHECK_DEADLINE: Duration = Duration::from_secs(900);
 const GROW_DEADLINE: Duration = Duration::from_secs(300);
+/// For those that are one call of the kernel: not enforced, only told.
+const OTHER_DEADLINE: Duration = Duration::from_secs(30);
+
+/// How long a step may take.
+pub fn within(step: &Step) -> Duration {
+    match step {
+        Step::Format { .. } => FORMAT_DEADLINE,
+        // Twice: what is certain, then everything.
+        Step::Check { .. } => CHECK_DEADLINE * 2,
+        Step::GrowFilesystem { .. } => GROW_DEADLINE,
+        Step::GrowPartition { .. }
+        | Step::Mount { .. }
+        | Step::MountMemory { .. }
+        | Step::Directory { .. } => OTHER_DEADLINE,
+    }
+}
 
 /// Does one step.
 pub async fn apply(step: &Step) -> Result<()> {
@@ -79,13 +95,26 @@ async fn check(device: &Path, whole: bool) -> Result<()> {
                 tracing::warn!(device = %device.display(), "file system had errors and was mended");
                 return Ok(());
             }
-            Some(4..=7) if mode == "-p" => {
+            // Also one that cannot be used at all (8): without questions, it looks for a backup of the superblock.
+            Some(_) if mode == "-p" => {
                 tracing::warn!(device = %device.display(), words = outcome.words, "file system needs a full repair");
             }
-            _ => return outcome.expect_success("e2fsck", device),
+            _ => {
+                return outcome
+                    .expect_success("e2fsck", device)
+                    .map_err(|error| beyond_repair(device, &error));
+            }
         }
     }
     Ok(())
+}
+
+fn beyond_repair(device: &Path, error: &Error) -> Error {
+    Error::Host(format!(
+        "the file system on {} cannot be repaired and is left as it is ({error}): save what is on it with another \
+         system, or flash the disk again, which empties it, and boot again",
+        device.display()
+    ))
 }
 
 fn mount_volume(device: &Path, target: &Path, how: Mounting) -> Result<()> {
@@ -160,4 +189,82 @@ async fn run(
             .into_owned();
     let last = text.lines().rev().map(str::trim).find(|l| !l.is_empty()).unwrap_or_default();
     Ok(Outcome { code: output.status.code(), words: last.chars().take(300).collect() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::observe::storage::inside;
+    use crate::plan::storage::{BACKUPS, BEGINNING, Content};
+    use std::process::Command as Blocking;
+
+    /// A volume of ours with a file in it, in a file; of blocks of 1 KiB when small.
+    async fn volume(directory: &Path, mib: u64) -> std::path::PathBuf {
+        let path = directory.join(format!("{mib}.ext4"));
+        fs::File::create(&path).unwrap().set_len(mib << 20).unwrap();
+        format(&path, "DATA").await.unwrap();
+        fs::write(directory.join("precious"), "precious").unwrap();
+        debugfs(&path, &["-w", "-R", &format!("write {} precious", directory.join("precious").display())]);
+        path
+    }
+
+    fn debugfs(path: &Path, arguments: &[&str]) -> String {
+        let output = Blocking::new("debugfs").args(arguments).arg(path).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn overwrite(path: &Path, at: u64, bytes: &[u8]) {
+        OpenOptions::new().write(true).open(path).unwrap().write_all_at(bytes, at).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_lost_superblock_is_restored_from_its_backup_with_all_files() {
+        let directory = tempfile::tempdir().unwrap();
+        for mib in [64, 600] {
+            let path = volume(directory.path(), mib).await;
+            assert!(matches!(inside(&path, "DATA").unwrap(), Content::Ext4(_)));
+            overwrite(&path, 1024, &[0; 1024]);
+            assert_eq!(inside(&path, "DATA").unwrap(), Content::Damaged, "{mib} MiB");
+            assert_eq!(inside(&path, "STATE").unwrap(), Content::Unknown, "another label, another owner");
+            check(&path, true).await.unwrap();
+            assert_eq!(debugfs(&path, &["-R", "cat precious"]), "precious", "{mib} MiB");
+            check(&path, true).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn damaged_inode_tables_are_mended() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = volume(directory.path(), 64).await;
+        let tables = debugfs(&path, &["-R", "stats"]);
+        let block: u64 = tables
+            .lines()
+            .find_map(|line| line.split("inode table at ").nth(1))
+            .and_then(|rest| rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok())
+            .unwrap_or_else(|| panic!("{tables}"));
+        overwrite(&path, block * 1024, &[0x5a; 16 * 1024]);
+        assert!(matches!(inside(&path, "DATA").unwrap(), Content::Ext4(_)));
+        check(&path, false).await.unwrap();
+        check(&path, true).await.unwrap();
+        let clean = Blocking::new("e2fsck").args(["-f", "-n"]).arg(&path).output().unwrap();
+        assert!(clean.status.success(), "{}", String::from_utf8_lossy(&clean.stdout));
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_repaired_is_left_as_it_is_and_says_what_to_do() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = volume(directory.path(), 64).await;
+        let noise: Vec<u8> = (0..BEGINNING).map(|n| (n * 7 % 251) as u8).collect();
+        overwrite(&path, 0, &noise);
+        for at in
+            BACKUPS.into_iter().filter(|at| *at < 64 << 20).chain([24_577 << 10, 40_961 << 10, 57_345 << 10])
+        {
+            overwrite(&path, at, &[0x11; 1024]);
+        }
+        assert_eq!(inside(&path, "DATA").unwrap(), Content::Unknown);
+        let before = fs::read(&path).unwrap();
+        let error = check(&path, true).await.unwrap_err().to_string();
+        assert!(error.contains("left as it is") && error.contains("flash the disk again"), "{error}");
+        assert!(fs::read(&path).unwrap() == before, "not one byte is changed");
+    }
 }

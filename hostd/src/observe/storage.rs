@@ -2,7 +2,7 @@
 
 use crate::error::{Context, Result};
 use crate::gpt;
-use crate::plan::storage::{Content, Disk, Observed, Partition, content};
+use crate::plan::storage::{BACKUPS, BEGINNING, Content, Disk, Observed, Partition, content, is_backup};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Read;
@@ -107,10 +107,8 @@ fn look_inside(disk: &mut Disk) {
     let ours = disk.partitions.iter().any(|p| p.label == "STATE");
     for partition in &mut disk.partitions {
         if ours && matches!(partition.label.as_str(), "ESP" | "STATE" | "DATA") {
-            partition.content = match beginning(&partition.device, 128 * 1024) {
-                Ok(bytes) => content(&bytes),
-                Err(error) => Content::Unreadable(error.to_string()),
-            };
+            partition.content = inside(&partition.device, &partition.label)
+                .unwrap_or_else(|error| Content::Unreadable(error.to_string()));
         }
     }
     if disk.partitions.iter().all(|p| p.uuid.is_some()) {
@@ -124,10 +122,18 @@ fn look_inside(disk: &mut Disk) {
     }
 }
 
-fn beginning(device: &Path, length: u64) -> std::io::Result<Vec<u8>> {
+/// What is on a partition that should be our volume of this label.
+pub fn inside(device: &Path, label: &str) -> std::io::Result<Content> {
+    let mut file = File::open(device)?;
     let mut bytes = Vec::new();
-    File::open(device)?.take(length).read_to_end(&mut bytes)?;
-    Ok(bytes)
+    file.by_ref().take(BEGINNING).read_to_end(&mut bytes)?;
+    let found = content(&bytes);
+    let ours = |at: &u64| {
+        let mut backup = [0; 1024];
+        // Beyond the end of a small partition there is none.
+        file.read_exact_at(&mut backup, *at).is_ok() && is_backup(&backup, label)
+    };
+    Ok(if found == Content::Unknown && BACKUPS.iter().any(ours) { Content::Damaged } else { found })
 }
 
 /// Reads and checks the partition table of a disk.

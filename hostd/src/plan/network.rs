@@ -300,11 +300,16 @@ fn lasts_as_long(have: Option<u32>, want: Option<u32>) -> bool {
     }
 }
 
-/// The addresses of a link: those it should have, and what IPv6 gave it by itself.
+/// The addresses of a link: those it should have, those of a lease from before this start of hostd that are kept until
+/// DHCP has spoken, and what IPv6 gave it by itself.
 pub fn link_addresses(desired: &Desired, links: &[Link]) -> Vec<IpAddr> {
     let mut all: Vec<IpAddr> = desired.addresses.iter().map(|a| a.net.addr()).collect();
     let have = links.iter().filter(|l| l.index == desired.index).flat_map(|l| &l.addresses);
     for address in have {
+        let kept = desired.keep_leased && address.seconds.is_some() && address.net.addr().is_ipv4();
+        if kept && !all.contains(&address.net.addr()) {
+            all.push(address.net.addr());
+        }
         if let IpAddr::V6(ip) = address.net.addr()
             && !ip.is_unicast_link_local()
             // fec0::/10, deprecated and private to the site.
@@ -442,6 +447,15 @@ mod tests {
         assert_eq!(steps(&Machine::default(), &links, &BTreeMap::new(), &[2]), [""; 0]);
         let lost = BTreeMap::from([(2, LeaseState::Lost)]);
         assert_eq!(steps(&Machine::default(), &links, &lost, &[2]), ["eth2: remove address 10.0.0.7/24"]);
+        let shown = |leases: &BTreeMap<u32, LeaseState>| {
+            host_addresses(&desired(&Machine::default(), &links, leases), &links)
+        };
+        assert_eq!(
+            shown(&BTreeMap::new()),
+            ["10.0.0.7".parse::<IpAddr>().unwrap()],
+            "the agent keeps it as well"
+        );
+        assert!(shown(&lost).is_empty());
     }
 
     #[test]

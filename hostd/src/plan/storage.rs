@@ -1,7 +1,7 @@
 //! Partitions and volumes: from what the disks hold to the steps that make them the host's storage. ◇
 //!
-//! Invariant: nothing is formatted unless its beginning holds no known signature, and only a partition that carries
-//! our label on the disk the host booted from is touched at all.
+//! Invariant: nothing is formatted unless its first megabyte is nothing but zeros, as flashing leaves it, and only a
+//! partition that carries our label on the disk the host booted from is touched at all.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -46,15 +46,19 @@ pub struct Partition {
 /// What the beginning of a partition looks like.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Content {
-    /// No known signature.
+    /// Nothing but zeros.
     #[default]
     Blank,
     /// An ext4 file system of this many bytes.
     Ext4(u64),
+    /// An ext4 file system of ours whose beginning is damaged: a backup of its superblock carries our label.
+    Damaged,
     /// A FAT file system.
     Fat,
     /// Something else, by name.
     Other(&'static str),
+    /// Not empty, and nothing that is known.
+    Unknown,
     /// It could not be read.
     Unreadable(String),
 }
@@ -270,6 +274,11 @@ fn plan_disk(disk: &Disk, observed: &Observed, targets: &Targets, plan: &mut Pla
         }
         plan_volume(partition, label, target, grow, plan)?;
     }
+    let content = |label: &str| find(label).map(|partition| &partition.content);
+    let stored = matches!(content("DATA"), Some(Content::Ext4(_) | Content::Damaged));
+    if content("STATE") == Some(&Content::Blank) && stored {
+        plan.notes.push(LOST_IDENTITY.into());
+    }
     Ok(())
 }
 
@@ -297,6 +306,16 @@ fn plan_volume(
                 plan.steps.push(Step::GrowFilesystem { device: device.clone() });
             }
         }
+        Content::Damaged => {
+            plan.notes.push(format!(
+                "the superblock of {} ({label}) was damaged and is repaired from its backup; files that lost their name \
+                 are in lost+found",
+                device.display()
+            ));
+            plan.steps.push(Step::Check { device: device.clone(), whole: true });
+            plan.steps.push(Step::GrowFilesystem { device: device.clone() });
+        }
+        Content::Unknown => return Err(foreign(partition, label, "something unknown")),
         Content::Fat => return Err(foreign(partition, label, "a FAT file system")),
         Content::Other(what) => return Err(foreign(partition, label, what)),
         Content::Unreadable(why) => return Err(format!("cannot read {} ({label}): {why}", device.display())),
@@ -305,11 +324,15 @@ fn plan_volume(
     Ok(())
 }
 
+/// What the console says when STATE was empty on a disk that is not new.
+const LOST_IDENTITY: &str = "STATE was empty and was made anew, though DATA is not: this host has lost its identity and \
+    joins again only with a token in 'join' of machine.yaml";
+
 fn foreign(partition: &Partition, label: &str, what: &str) -> String {
     let device = partition.device.display();
     format!(
         "{device} ({label}) holds {what}, not ext4, and is left as it is: save what is on it, then clear its first \
-         megabyte, and boot again"
+         megabyte or flash the disk again, and boot again"
     )
 }
 
@@ -325,7 +348,22 @@ fn directories(targets: &Targets, plan: &mut Plan) {
     plan.steps.extend(all.map(|(path, mode, owner)| Step::Directory { path, mode, owner }));
 }
 
-/// What the first bytes of a partition say is on it. 128 KiB are enough to see everything that is looked for.
+/// Bytes at the beginning of a partition that must be zeros for it to count as empty. All signatures are in them.
+pub const BEGINNING: u64 = 1 << 20;
+
+/// Where ext4 keeps the first backup of its superblock: the second block group, for each size of blocks.
+pub const BACKUPS: [u64; 3] = [8193 << 10, 16384 << 11, 32768 << 12];
+
+/// Whether these bytes, from one of [`BACKUPS`], are a backup of the superblock of our volume of this label.
+pub fn is_backup(bytes: &[u8], label: &str) -> bool {
+    let group = bytes.get(90..92).unwrap_or_default();
+    let name = bytes.get(120..136).unwrap_or_default();
+    bytes.get(56..58) == Some(&[0x53, 0xef])
+        && group == [1, 0]
+        && name.strip_prefix(label.as_bytes()).is_some_and(|rest| rest.iter().all(|byte| *byte == 0))
+}
+
+/// What the first bytes of a partition say is on it.
 pub fn content(start: &[u8]) -> Content {
     let at = |offset: usize, magic: &[u8]| start.get(offset..offset + magic.len()) == Some(magic);
     if at(1080, &[0x53, 0xef]) {
@@ -353,7 +391,8 @@ pub fn content(start: &[u8]) -> Content {
         (32769, b"CD001", "a CD image"),
     ];
     let found = known.iter().find(|(offset, magic, _)| at(*offset, magic));
-    found.map_or(Content::Blank, |(_, _, name)| Content::Other(name))
+    let unknown = if start.iter().all(|byte| *byte == 0) { Content::Blank } else { Content::Unknown };
+    found.map_or(unknown, |(_, _, name)| Content::Other(name))
 }
 
 #[cfg(test)]
@@ -443,6 +482,34 @@ mod tests {
         let luks = disk("vda", [Content::Ext4(0), Content::Other("an encrypted volume (LUKS)")]);
         let error = plan(&Observed { disks: vec![luks], ..Default::default() }, &targets()).unwrap_err();
         assert!(error.starts_with("/dev/vda3 (DATA) holds an encrypted volume"), "{error}");
+        let unknown = disk("vda", [Content::Ext4(0), Content::Unknown]);
+        let error = plan(&Observed { disks: vec![unknown], ..Default::default() }, &targets()).unwrap_err();
+        assert!(error.starts_with("/dev/vda3 (DATA) holds something unknown"), "{error}");
+        assert_eq!(content(&[0; 4096]), Content::Blank);
+        let mut scrap = [0; 4096];
+        scrap[4095] = 1;
+        assert_eq!(content(&scrap), Content::Unknown, "one byte that is not zero may be somebody's");
+    }
+
+    #[test]
+    fn a_damaged_volume_of_ours_is_repaired_and_never_formatted() {
+        let vda = disk("vda", [Content::Ext4(64 << 20), Content::Damaged]);
+        let found = plan(&Observed { disks: vec![vda], ..Default::default() }, &targets()).unwrap();
+        let steps: Vec<String> = found.steps.iter().map(ToString::to_string).collect();
+        assert!(steps.contains(&"check all of /dev/vda3".to_owned()), "{steps:?}");
+        assert!(!steps.iter().any(|step| step.starts_with("format")), "{steps:?}");
+        assert!(found.notes[0].contains("/dev/vda3 (DATA) was damaged"), "{:?}", found.notes);
+    }
+
+    #[test]
+    fn a_wiped_state_beside_data_is_told() {
+        let notes = |state, data| {
+            let observed = Observed { disks: vec![disk("vda", [state, data])], ..Default::default() };
+            plan(&observed, &targets()).unwrap().notes
+        };
+        assert_eq!(notes(Content::Blank, Content::Ext4(64 << 20)), [LOST_IDENTITY]);
+        assert_eq!(notes(Content::Blank, Content::Blank), [""; 0], "a new disk has lost nothing");
+        assert_eq!(notes(Content::Ext4(64 << 20), Content::Ext4(64 << 20)), [""; 0]);
     }
 
     #[test]
@@ -476,6 +543,7 @@ mod tests {
         #[test]
         fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..3000)) {
             let _ = content(&bytes);
+            is_backup(&bytes, "DATA");
         }
     }
 }

@@ -17,6 +17,11 @@ impl Drop for Guard {
 }
 
 impl Guard {
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        // nsenter becomes the program that it starts.
+        rustix::process::kill_process(rustix::process::Pid::from_child(&self.0), signal).unwrap();
+    }
+
     pub fn terminate(&mut self) -> std::process::ExitStatus {
         let pid = rustix::process::Pid::from_child(&self.0);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
@@ -129,7 +134,7 @@ impl Lab {
         std::fs::OpenOptions::new().create(true).append(true).open(self.path(name)).unwrap().into()
     }
 
-    /// A real DHCP server; its log is `dnsmasq.log`.
+    /// A real DHCP server, and a DNS server when a port is given for it; its log is `dnsmasq.log`.
     pub fn dnsmasq(&mut self, options: &[&str]) {
         let leases = format!("--dhcp-leasefile={}", self.path("leases").display());
         let child = Self::enter(&self.outside, "dnsmasq")
@@ -140,7 +145,8 @@ impl Lab {
                 "--interface=srv0",
                 "--bind-interfaces",
             ])
-            .args(["--port=0", "--log-dhcp", "--dhcp-authoritative", &leases])
+            .args(["--log-dhcp", "--dhcp-authoritative", &leases])
+            .args((!options.iter().any(|option| option.starts_with("--port="))).then_some("--port=0"))
             .args(options)
             .stderr(self.log("dnsmasq.log"))
             .spawn()
@@ -163,6 +169,11 @@ impl Lab {
 
     /// hostd; its log is `hostd.log`.
     pub fn hostd(&self, options: &[&str]) -> Guard {
+        self.hostd_with(options, &[])
+    }
+
+    /// The same, with more in its environment.
+    pub fn hostd_with(&self, options: &[&str], environment: &[(&str, &str)]) -> Guard {
         let at = |name: &str| self.path(name).display().to_string();
         let child = Self::enter(&self.host, env!("CARGO_BIN_EXE_atoll-hostd"))
             .args(["--esp", &at("esp"), "--state", &at("state"), "--data", &at("data"), "--run", &at("run")])
@@ -170,6 +181,7 @@ impl Lab {
             .args(["--storage", "directories", "--clock", "report"])
             .args(options)
             .env("NOTIFY_SOCKET", self.path("notify"))
+            .envs(environment.iter().copied())
             .stderr(self.log("hostd.log"))
             .spawn()
             .unwrap();
@@ -188,6 +200,16 @@ impl Lab {
             );
             std::thread::sleep(Duration::from_millis(50));
         }
+    }
+
+    /// What `/healthz` answers: code and text.
+    pub fn health(&self) -> Option<String> {
+        use std::io::{Read, Write};
+        let mut stream = std::os::unix::net::UnixStream::connect(self.path("run/hostd/metrics.sock")).ok()?;
+        write!(stream, "GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").ok()?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).ok()?;
+        Some(answer)
     }
 
     pub fn agent_config(&self) -> atoll_spec::node::AgentConfig {
