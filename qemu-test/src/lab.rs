@@ -4,7 +4,7 @@
 //! `wait_node_ready`. Everything dies when it is dropped.
 
 use crate::artifacts::{Artifacts, Profile};
-use crate::machine::{Machine, MachineSpec};
+use crate::machine::{Hardware, Machine, MachineSpec};
 use crate::network::{Network, SERVER};
 use crate::oci::Image;
 use crate::progress::Progress;
@@ -93,6 +93,7 @@ impl Lab {
             memory_mib: 4096,
             config,
             directory: self.directory.join(node_name(index)),
+            hardware: Hardware::default(),
         }
     }
 

@@ -6,6 +6,7 @@
 //! dies with it.
 
 pub mod artifacts;
+pub mod disk;
 pub mod inspect;
 pub mod lab;
 pub mod machine;

@@ -1,5 +1,6 @@
 //! One emulated server: QEMU with UEFI firmware, killed when dropped.
 
+use crate::disk::Volume;
 use crate::network;
 use crate::process::Background;
 use crate::qmp::Qmp;
@@ -27,12 +28,29 @@ impl Accelerator {
         if (flag("svm") || flag("vmx")) && Path::new("/dev/kvm").exists() { Self::Kvm } else { Self::Tcg }
     }
 
-    fn arguments(self) -> [&'static str; 4] {
-        match self {
-            Self::Kvm => ["-accel", "kvm", "-cpu", "host"],
+    fn arguments(self, hardware: &Hardware) -> [&'static str; 4] {
+        match (self, hardware.virtualisation) {
+            (Self::Kvm, true) => ["-accel", "kvm", "-cpu", "host"],
+            (Self::Kvm, false) => ["-accel", "kvm", "-cpu", "host,-svm,-vmx"],
             // Without -cx16 the emulation leaves garbage in EFLAGS after cmpxchg16b, and kernels die at random.
-            Self::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm,+npt,-cx16"],
+            (Self::Tcg, true) => ["-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm,+npt,-cx16"],
+            (Self::Tcg, false) => ["-accel", "tcg,thread=multi", "-cpu", "EPYC,-svm,-cx16"],
         }
+    }
+}
+
+/// What the machine has, where it is not as usual.
+#[derive(Debug, Clone)]
+pub struct Hardware {
+    /// Whether its processor can run virtual machines.
+    pub virtualisation: bool,
+    /// Date that its clock starts with (`2020-01-01`), instead of the right one.
+    pub date: Option<&'static str>,
+}
+
+impl Default for Hardware {
+    fn default() -> Self {
+        Self { virtualisation: true, date: None }
     }
 }
 
@@ -51,6 +69,44 @@ pub struct MachineSpec {
     pub config: Option<String>,
     /// Where overlay, firmware variables, sockets and logs go.
     pub directory: PathBuf,
+    /// What it has.
+    pub hardware: Hardware,
+}
+
+impl MachineSpec {
+    /// Makes the disk, an overlay of the image, and the firmware's variables: a machine that was never on.
+    ///
+    /// # Errors
+    /// When QEMU's tools or the firmware are missing.
+    pub fn prepare(&self) -> anyhow::Result<()> {
+        if self.directory.exists() {
+            std::fs::remove_dir_all(&self.directory)?;
+        }
+        std::fs::create_dir_all(&self.directory)?;
+        crate::process::run_ok(
+            Command::new("qemu-img")
+                .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
+                .arg(&self.image)
+                .arg(self.disk())
+                .arg(format!("{}G", self.disk_gib)),
+            Duration::from_secs(20),
+        )?;
+        std::fs::copy(firmware("VARS")?, self.directory.join("vars.fd"))
+            .context("cannot copy firmware variables")
+            .map(drop)
+    }
+
+    /// A partition of its disk, to be changed only while it is off.
+    ///
+    /// # Errors
+    /// When the image has none of this label.
+    pub fn volume(&self, label: &str) -> anyhow::Result<Volume> {
+        Volume::find(&self.image, &self.disk(), label)
+    }
+
+    fn disk(&self) -> PathBuf {
+        self.directory.join("disk.qcow2")
+    }
 }
 
 /// A running machine.
@@ -68,18 +124,7 @@ impl Machine {
     /// # Errors
     /// When QEMU, its tools or the firmware are missing, or QEMU refuses its arguments.
     pub fn boot(spec: MachineSpec) -> anyhow::Result<Self> {
-        std::fs::create_dir_all(&spec.directory)?;
-        let disk = spec.directory.join("disk.qcow2");
-        crate::process::run_ok(
-            Command::new("qemu-img")
-                .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
-                .arg(&spec.image)
-                .arg(&disk)
-                .arg(format!("{}G", spec.disk_gib)),
-            Duration::from_secs(20),
-        )?;
-        std::fs::copy(firmware("VARS")?, spec.directory.join("vars.fd"))
-            .context("cannot copy firmware variables")?;
+        spec.prepare()?;
         Self::start(spec)
     }
 
@@ -98,7 +143,21 @@ impl Machine {
         self.spec.config = config;
     }
 
-    fn start(spec: MachineSpec) -> anyhow::Result<Self> {
+    /// What it was booted with.
+    pub fn spec(&self) -> &MachineSpec {
+        &self.spec
+    }
+
+    /// Changes what the next boot finds.
+    pub fn spec_mut(&mut self) -> &mut MachineSpec {
+        &mut self.spec
+    }
+
+    /// Boots from the disk that is there.
+    ///
+    /// # Errors
+    /// When QEMU is missing or refuses its arguments.
+    pub fn start(spec: MachineSpec) -> anyhow::Result<Self> {
         let log = spec.directory.join("serial.log");
         let mut command = Self::command(&spec, &log)?;
         let qemu = Background::spawn("QEMU", &mut command, &spec.directory.join("qemu.log"))?;
@@ -121,7 +180,7 @@ impl Machine {
                 "-smp",
                 "2",
             ])
-            .args(Accelerator::detect().arguments())
+            .args(Accelerator::detect().arguments(&spec.hardware))
             .args([
                 "-m",
                 &spec.memory_mib.to_string(),
@@ -154,6 +213,9 @@ impl Machine {
             ])
             .args(["-serial", "chardev:serial"])
             .args(["-qmp", &format!("unix:{},server=on,wait=off", file("qmp.sock"))]);
+        if let Some(date) = spec.hardware.date {
+            command.args(["-rtc", &format!("base={date}")]);
+        }
         if let Some(config) = &spec.config {
             let path = spec.directory.join("machine.yaml");
             std::fs::write(&path, config).with_context(|| format!("cannot write {}", path.display()))?;
@@ -169,6 +231,15 @@ impl Machine {
     /// Its address in the lab's network.
     pub fn address(&self) -> String {
         network::address(self.spec.index)
+    }
+
+    /// Pulls the network cable out of the machine, or plugs it in: its card sees no peer.
+    ///
+    /// # Errors
+    /// When QEMU does not answer.
+    pub fn cable(&self, plugged: bool) -> anyhow::Result<()> {
+        let link = json!({ "name": "net", "up": plugged });
+        Qmp::connect(&self.qmp_socket())?.execute("set_link", link).map(drop)
     }
 
     /// Presses the power button.
@@ -221,6 +292,9 @@ mod tests {
 
     #[test]
     fn emulation_never_offers_cmpxchg16b() {
-        assert!(Accelerator::Tcg.arguments().join(" ").contains("-cx16"));
+        for virtualisation in [true, false] {
+            let hardware = Hardware { virtualisation, ..Hardware::default() };
+            assert!(Accelerator::Tcg.arguments(&hardware).join(" ").contains("-cx16"));
+        }
     }
 }

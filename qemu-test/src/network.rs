@@ -4,23 +4,40 @@
 
 use crate::process::{Background, run_ok};
 use crate::time_server::TimeServer;
-use anyhow::ensure;
-use std::path::Path;
+use anyhow::{Context, ensure};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// Address of the bridge: Supervisor, registry, DNS, DHCP and time are all here.
 pub const SERVER: &str = "10.77.0.1";
 /// Most machines of a lab.
-pub const MACHINES: usize = 6;
+pub const MACHINES: usize = 8;
+
+/// Files that dnsmasq reads.
+const HOSTS: &str = "dhcp-hosts";
+const OPTIONS: &str = "dhcp-options";
 
 /// The bridge and its services.
 #[derive(Debug)]
 pub struct Network {
-    dnsmasq: Option<Background>,
+    dnsmasq: Mutex<Option<Background>>,
     dnsmasq_command: Vec<String>,
     log: std::path::PathBuf,
+    directory: PathBuf,
+    offers: Mutex<BTreeMap<usize, Offer>>,
     _time: TimeServer,
+}
+
+/// What DHCP gives one machine, where it differs from what all get.
+#[derive(Debug, Clone, Default)]
+pub struct Offer {
+    /// Another address than [`address`].
+    pub address: Option<String>,
+    /// Options as dnsmasq writes them (`option:mtu,1400`); they replace those that all get.
+    pub options: Vec<String>,
 }
 
 /// Name of the tap of machine `index`.
@@ -55,7 +72,8 @@ impl Network {
         ip("link set lo up")?;
         ip("link add br0 type bridge")?;
         ip(&format!("addr add {SERVER}/24 dev br0"))?;
-        ip("link set br0 up")?;
+        // Given once, it stays: otherwise the bridge takes over the smallest of its ports.
+        ip("link set br0 mtu 1500 up")?;
         for index in 0..MACHINES {
             ip(&format!("tuntap add dev {} mode tap", tap(index)))?;
             ip(&format!("link set {} master br0", tap(index)))?;
@@ -85,37 +103,86 @@ impl Network {
         .to_vec();
         command.push(format!("--dhcp-leasefile={}", directory.join("leases").display()));
         command.push(format!("--pid-file={}", directory.join("dnsmasq.pid").display()));
-        for index in 0..MACHINES {
-            command.push(format!("--dhcp-host={},{},node-{}", mac(index), address(index), index + 1));
-        }
+        command.push(format!("--dhcp-hostsfile={}", directory.join(HOSTS).display()));
+        command.push(format!("--dhcp-optsfile={}", directory.join(OPTIONS).display()));
         let time = TimeServer::start(SERVER)?;
-        let mut network =
-            Self { dnsmasq: None, dnsmasq_command: command, log: directory.join("dnsmasq.log"), _time: time };
+        let network = Self {
+            dnsmasq: Mutex::default(),
+            dnsmasq_command: command,
+            log: directory.join("dnsmasq.log"),
+            directory: directory.to_owned(),
+            offers: Mutex::default(),
+            _time: time,
+        };
+        network.write_offers(&BTreeMap::new())?;
         network.start_dhcp()?;
         Ok(network)
     }
 
-    /// Starts the DHCP and DNS server.
+    /// Starts the DHCP and DNS server, in place of one that runs.
     ///
     /// # Errors
     /// When dnsmasq cannot be started.
-    pub fn start_dhcp(&mut self) -> anyhow::Result<()> {
+    pub fn start_dhcp(&self) -> anyhow::Result<()> {
         let mut command = Command::new("dnsmasq");
         command.args(&self.dnsmasq_command).env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
-        self.dnsmasq = Some(Background::spawn("dnsmasq", &mut command, &self.log)?);
+        let mut running = self.dnsmasq.lock().unwrap_or_else(PoisonError::into_inner);
+        // The old one first: it has the ports.
+        drop(running.take());
+        *running = Some(Background::spawn("dnsmasq", &mut command, &self.log)?);
         Ok(())
     }
 
     /// Stops the DHCP and DNS server.
-    pub fn stop_dhcp(&mut self) {
-        self.dnsmasq = None;
+    pub fn stop_dhcp(&self) {
+        *self.dnsmasq.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// Pulls or plugs the cable of machine `index`.
+    /// Changes what machine `index` gets at its next exchange with DHCP. Others keep what they have: the server is started
+    /// anew, with the leases of the old one.
+    ///
+    /// # Errors
+    /// When dnsmasq cannot be told.
+    pub fn offer(&self, index: usize, offer: Offer) -> anyhow::Result<()> {
+        let mut offers = self.offers.lock().unwrap_or_else(PoisonError::into_inner);
+        offers.insert(index, offer);
+        self.write_offers(&offers)?;
+        self.start_dhcp()
+    }
+
+    /// dnsmasq reads both files at its start. It would at SIGHUP too, but 2.90 was seen to die of that (SIGSEGV) when it had
+    /// given a lease to one of these hosts.
+    fn write_offers(&self, offers: &BTreeMap<usize, Offer>) -> anyhow::Result<()> {
+        let (mut hosts, mut options) = (String::new(), String::new());
+        for index in 0..MACHINES {
+            let offer = offers.get(&index).cloned().unwrap_or_default();
+            let address = offer.address.unwrap_or_else(|| address(index));
+            hosts += &format!("{},set:m{index},{address},node-{}\n", mac(index), index + 1);
+            for option in &offer.options {
+                options += &format!("tag:m{index},{option}\n");
+            }
+        }
+        for (name, text) in [(HOSTS, hosts), (OPTIONS, options)] {
+            let path = self.directory.join(name);
+            std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Takes machine `index` off the bridge, or puts it back: its cable stays in, and nothing is behind it.
     ///
     /// # Errors
     /// When `ip` fails.
-    pub fn cable(&self, index: usize, plugged: bool) -> anyhow::Result<()> {
-        ip(&format!("link set {} {}", tap(index), if plugged { "up" } else { "down" }))
+    pub fn isolate(&self, index: usize, alone: bool) -> anyhow::Result<()> {
+        let tap = tap(index);
+        ip(&if alone { format!("link set {tap} nomaster") } else { format!("link set {tap} master br0") })
+    }
+
+    /// Narrows the way to machine `index`: what is larger is dropped without a word.
+    ///
+    /// # Errors
+    /// When `ip` fails.
+    pub fn narrow(&self, index: usize, mtu: u32) -> anyhow::Result<()> {
+        ip(&format!("link set {} mtu {mtu}", tap(index)))
     }
 }

@@ -6,6 +6,9 @@
 mod boot;
 mod containers;
 mod cri;
+mod host_config;
+mod host_disks;
+mod host_network;
 mod join;
 mod node;
 mod pods;
