@@ -186,9 +186,8 @@ impl Worker {
 
     /// A clock that is set back makes waits longer: none is left longer than it can have been made.
     fn bound_waits(&mut self, now: Timestamp) {
+        self.memory.bound_waits(start::LONGEST, SANDBOX_LONGEST, now);
         let bound = |at: &mut Timestamp, most: Duration| *at = (*at).min(now + most);
-        self.memory.not_before.values_mut().for_each(|at| bound(at, start::LONGEST));
-        self.memory.sandbox_not_before.iter_mut().for_each(|at| bound(at, SANDBOX_LONGEST));
         self.cooling.iter_mut().for_each(|(_, at)| bound(at, RETRY));
         self.teardown_at.iter_mut().for_each(|at| bound(at, RETRY));
         let grace = self.desired.grace.max(self.desired.deleted.unwrap_or_default());

@@ -24,6 +24,13 @@ struct Token {
     replace_at: Timestamp,
 }
 
+impl Token {
+    /// A clock that was set back would keep it for ever.
+    fn is_fresh(&self, now: Timestamp) -> bool {
+        self.asked <= now && now < self.replace_at
+    }
+}
+
 /// Why there is no token.
 struct Failed {
     why: String,
@@ -58,12 +65,7 @@ impl Tokens {
     ) -> Result<String, String> {
         let key = (desired.key.uid.clone(), volume.to_owned(), source.path.clone());
         let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
-        let fresh = |token: &Token| {
-            let now = Timestamp::now();
-            // A clock that was set back would keep a token for ever.
-            token.asked <= now && token.replace_at > now
-        };
-        if let Some(token) = kept.as_ref().filter(|token| fresh(token)) {
+        if let Some(token) = kept.as_ref().filter(|token| token.is_fresh(Timestamp::now())) {
             return Ok(token.value.clone());
         }
         let token = match (self.request(desired, source).await, kept) {
@@ -120,5 +122,20 @@ impl Tokens {
         };
         let life = expires.0.duration_since(asked).min(LONGEST);
         Ok(Token { value, asked, replace_at: asked + life * 4 / 5 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_set_back_or_forth_keeps_no_token_too_long() {
+        let at = |second| Timestamp::from_second(second).unwrap();
+        let token = Token { value: String::new(), asked: at(1_000_000), replace_at: at(1_002_880) };
+        assert!(token.is_fresh(at(1_000_000)) && token.is_fresh(at(1_002_879)));
+        assert!(
+            !token.is_fresh(at(1_002_880)) && !token.is_fresh(at(2_000_000)) && !token.is_fresh(at(1_000))
+        );
     }
 }
