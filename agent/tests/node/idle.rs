@@ -1,6 +1,7 @@
 //! A node on which nothing happens costs next to nothing: calls and processor time, counted.
 
-use crate::host::Host;
+use crate::cluster::Reach;
+use crate::host::{Host, SOON, until};
 use crate::runtime::Events;
 use serde_json::Value;
 use std::time::{Duration, Instant};
@@ -66,4 +67,29 @@ async fn ten_idle_pods_cost_less_than_a_call_a_second_and_no_processor_time() {
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_idle_pods_on_a_runtime_without_events_cost_little_more() {
     idle(Events::Unimplemented).await.at_most(2.8, 0.3, 0.03);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn statuses_that_cannot_be_written_cost_no_processor_time() {
+    const MANY: usize = 12;
+    let host = Host::ready().await;
+    let names: Vec<String> = (0..MANY).map(|n| format!("pod-{n}")).collect();
+    for name in &names {
+        host.bind(name, Value::Null);
+    }
+    for name in &names {
+        host.wait_running(name).await;
+    }
+    // More statuses than are written at a time, to a server that says nothing.
+    host.cluster.reach(Reach::Silent);
+    let first: Vec<_> = names.iter().flat_map(|name| host.runtime.running(name)).collect();
+    first.iter().for_each(|id| host.runtime.exit(id, 1));
+    let again = || names.iter().flat_map(|name| host.runtime.running(name)).collect::<Vec<_>>();
+    until("every container to run again", SOON, || (again().len() == MANY).then_some(())).await;
+    // A window to count in: shorter than the deadline of a write.
+    let (from, used) = (Instant::now(), host.processor());
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    let share = (host.processor() - used).as_secs_f64() / from.elapsed().as_secs_f64();
+    println!("processor: {:.2} %", share * 100.0);
+    assert!(share <= 0.05, "{:.1} % of a processor", share * 100.0);
 }
