@@ -26,6 +26,8 @@ const REFILL_SECONDS: f64 = 15.0;
 const REQUEST: Duration = Duration::from_secs(10);
 /// How long an event is tried to be posted, and the wait between two tries.
 const KEPT: Duration = Duration::from_secs(600);
+/// The same for one that the server fails at: the others behind it must not wait for what may never work.
+const KEPT_FAILING: Duration = Duration::from_secs(60);
 const AGAIN: Duration = Duration::from_secs(5);
 /// Longest message the API server takes.
 const MAX_MESSAGE: usize = 1024;
@@ -78,6 +80,8 @@ enum Posting {
     Done,
     /// The API server cannot be asked now.
     Away,
+    /// It answers that it cannot.
+    Failing,
 }
 
 /// A recorder and the poster behind it.
@@ -137,7 +141,16 @@ impl Poster {
             if !self.within_budget(&entry) {
                 continue;
             }
-            while self.post(&entry).await == Posting::Away && entry.since_start.elapsed() < KEPT {
+            let begun = Instant::now();
+            loop {
+                let goes_on = match self.post(&entry).await {
+                    Posting::Done => false,
+                    Posting::Away => entry.since_start.elapsed() < KEPT,
+                    Posting::Failing => begun.elapsed() < KEPT_FAILING,
+                };
+                if !goes_on {
+                    break;
+                }
                 tokio::select! {
                     () = tokio::time::sleep(AGAIN) => {}
                     _ = stop.wait_for(|stop| *stop) => return,
@@ -196,7 +209,11 @@ impl Poster {
             Ok(Err(error)) => {
                 tracing::debug!(reason = entry.reason, %error, "cannot post an event");
                 // A try whose answer was lost had made it: its name is taken.
-                if is_away(&error) { Posting::Away } else { Posting::Done }
+                match &error {
+                    error if !is_away(error) => Posting::Done,
+                    kube::Error::Api(_) => Posting::Failing,
+                    _ => Posting::Away,
+                }
             }
             Err(_) => {
                 tracing::debug!(reason = entry.reason, "cannot post an event in time");
