@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"time"
 )
 
 // layout names the files below the data directory.
@@ -39,6 +40,8 @@ type settings struct {
 	ServiceCIDR string   `json:"serviceCIDR"`
 	ClusterCIDR string   `json:"clusterCIDR"`
 	SANs        []string `json:"sans,omitempty"`
+	// HostCertificates is for this run alone: certificates that are signed keep the life they have.
+	HostCertificates time.Duration `json:"-"`
 }
 
 // server is the URL of the API server.
@@ -53,6 +56,9 @@ func (s settings) check() error {
 	}
 	if s.Port < 1 || s.Port > 65535 {
 		problems = append(problems, fmt.Errorf("--port %d is not between 1 and 65535", s.Port))
+	}
+	if s.HostCertificates < leastHostCertificates {
+		problems = append(problems, fmt.Errorf("--host-certificates %s is shorter than %s: give a duration such as 720h", s.HostCertificates, leastHostCertificates))
 	}
 	service, err := parseNet("--service-cidr", s.ServiceCIDR)
 	problems = append(problems, err)

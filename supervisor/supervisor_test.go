@@ -13,7 +13,7 @@ import (
 )
 
 func testSettings() settings {
-	return settings{Address: "192.0.2.1", Port: 6443, ServiceCIDR: "10.96.0.0/16", ClusterCIDR: "10.244.0.0/16"}
+	return settings{Address: "192.0.2.1", Port: 6443, ServiceCIDR: "10.96.0.0/16", ClusterCIDR: "10.244.0.0/16", HostCertificates: time.Hour}
 }
 
 func testLayout(t *testing.T) layout {
@@ -152,7 +152,7 @@ func TestKeysAreForTheirOwnerAlone(t *testing.T) {
 
 func TestSettingsNameEveryProblem(t *testing.T) {
 	err := settings{Address: "lab", Port: 0, ServiceCIDR: "10.96.0.1/16", ClusterCIDR: "x"}.check()
-	for _, flag := range []string{"--address", "--port", "--service-cidr", "--cluster-cidr"} {
+	for _, flag := range []string{"--address", "--port", "--service-cidr", "--cluster-cidr", "--host-certificates"} {
 		if err == nil || !strings.Contains(err.Error(), flag) {
 			t.Errorf("%s is not named in %v", flag, err)
 		}

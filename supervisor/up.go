@@ -19,6 +19,12 @@ import (
 // requestTimeout bounds one request of the Supervisor to its API server.
 const requestTimeout = 15 * time.Second
 
+// Certificates of hosts: a year as everywhere, and not so short that a host is busy with nothing else.
+const (
+	defaultHostCertificates = 365 * 24 * time.Hour
+	leastHostCertificates   = time.Minute
+)
+
 func upCommand() *cobra.Command {
 	var data string
 	var wanted settings
@@ -56,6 +62,7 @@ Stop it with Ctrl-C or SIGTERM; a second Ctrl-C stops it at once.`,
 	flags.IntVar(&wanted.Port, "port", 6443, "port of the API server")
 	flags.StringVar(&wanted.ServiceCIDR, "service-cidr", "10.96.0.0/16", "network of services; kept from the first start")
 	flags.StringVar(&wanted.ClusterCIDR, "cluster-cidr", "10.244.0.0/16", "network of pods, of which each node gets a part; kept from the first start")
+	flags.DurationVar(&wanted.HostCertificates, "host-certificates", defaultHostCertificates, "how long the certificates of hosts are good for; hosts renew theirs when four fifths of it are over")
 	flags.StringSliceVar(&wanted.SANs, "san", nil, "another name or address of the API server for its certificate; may be repeated")
 	return command
 }
@@ -308,7 +315,7 @@ func controllerManagerArgs(l layout, s settings, port int) []string {
 		"--use-service-account-credentials=true",
 		"--cluster-signing-cert-file=" + l.pki("ca.crt"),
 		"--cluster-signing-key-file=" + l.pki("ca.key"),
-		"--cluster-signing-duration=8760h",
+		"--cluster-signing-duration=" + s.HostCertificates.String(),
 		"--root-ca-file=" + l.pki("ca.crt"),
 		"--service-account-private-key-file=" + l.pki("sa.key"),
 		"--client-ca-file=" + l.pki("ca.crt"),

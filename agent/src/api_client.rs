@@ -1,11 +1,12 @@
 //! The client of the API server: HTTP/2 over TLS with a certificate that can be replaced while it is in use.
 //!
-//! Called by `app`. Invariant: after [`Credentials::replace`] no connection lives on that was made with the old
-//! certificate, and none is resumed.
+//! Called by `app`. Invariants: after [`Credentials::replace`] no connection lives on that was made with the old
+//! certificate, and none is resumed; a client that the server asked to wait ([`Patience`]) waits.
 
 use crate::error::{Error, Result};
 use crate::join::https::roots;
 use crate::join::token::Server;
+use crate::patience::Patience;
 use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::{Connected, Connection};
@@ -93,7 +94,7 @@ pub fn client(server: &Server, ca_pem: &str, credentials: &Arc<Credentials>) -> 
         .build::<_, kube::client::Body>(connector);
     let authority: http::uri::Authority =
         server.authority().parse().map_err(|error: http::uri::InvalidUri| broken(error.to_string()))?;
-    let service = http.map_request(move |request| absolute(request, authority.clone()));
+    let service = Patience::new(http).map_request(move |request| absolute(request, authority.clone()));
     Ok(kube::Client::new(service, "default"))
 }
 

@@ -12,12 +12,13 @@ use crate::cri::Cri;
 use crate::error::{Error, Result, chain};
 use crate::join::store::{Identity, Store};
 use crate::join::token::Join;
-use crate::join::{self, cluster_info, renew};
+use crate::join::{self, JoinError, cluster_info, renew};
 use crate::node::capacity::Capacity;
 use crate::notify;
 use crate::report::Report;
 use crate::{kubelet_api, node, pods};
 use atoll_spec::node::{AgentConfig, JoinState};
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject as _;
@@ -55,6 +56,8 @@ pub struct Shared {
     pub pods: watch::Sender<Vec<Arc<Pod>>>,
     /// Name and version of the container runtime, once it has answered.
     pub runtime_version: watch::Receiver<Option<String>>,
+    /// Why the API server cannot be reached; `None` while it can. Kept by `node`.
+    pub contact: watch::Receiver<Option<String>>,
 }
 
 impl Shared {
@@ -124,6 +127,7 @@ async fn live(
     let credentials = Credentials::new(Arc::clone(&identity.certified));
     let (node_sender, node) = watch::channel(None);
     let (version_sender, runtime_version) = watch::channel(None);
+    let (contact_sender, contact) = watch::channel(None);
     let shared = Shared {
         client: api_client::client(&identity.server, &identity.ca_pem, &credentials)?,
         options: Arc::clone(&options),
@@ -132,8 +136,10 @@ async fn live(
         node,
         pods: watch::Sender::new(Vec::new()),
         runtime_version,
+        contact,
     };
-    let outputs = node::Outputs { node: node_sender, runtime_version: version_sender };
+    let outputs =
+        node::Outputs { node: node_sender, runtime_version: version_sender, contact: contact_sender };
     let parts = Parts { shared, outputs, store, identity, credentials, joined };
     parts.run(report, &stop, stopped).await
 }
@@ -254,10 +260,15 @@ async fn obtain(store: &Store, mut config: watch::Receiver<Arc<AgentConfig>>, re
             }
             Err(error) => {
                 let line = chain(&error);
-                tracing::error!("{line} (trying again in {} s)", back_off.as_secs());
+                let asked = match &error {
+                    Error::Join(error) => error.retry_after().unwrap_or_default(),
+                    _ => Duration::ZERO,
+                };
+                let wait = back_off.max(asked);
+                tracing::error!("{line} (trying again in {} s)", wait.as_secs());
                 report.failed(JoinState::Failed, line);
                 // A changed configuration is tried at once, the same one after the wait.
-                let _ = tokio::time::timeout(back_off, config.changed()).await;
+                let _ = tokio::time::timeout(wait, config.changed()).await;
                 back_off = (back_off * 2).min(LONGEST_BACK_OFF);
             }
         }
@@ -267,7 +278,9 @@ async fn obtain(store: &Store, mut config: watch::Receiver<Arc<AgentConfig>>, re
 /// One try; `None` when there is neither an identity nor a way to get one.
 async fn attempt(store: &Store, config: &AgentConfig, report: &Report) -> Result<Option<Identity>> {
     let join = config.join.as_ref().map(Join::try_from).transpose();
-    if let Some(stored) = store.load(&config.node_name).filter(|stored| renew::now() < stored.not_after) {
+    let stored = store.load(&config.node_name);
+    let expired = stored.as_ref().map(|stored| stored.not_after).filter(|end| *end <= renew::now());
+    if let Some(stored) = stored.filter(|_| expired.is_none()) {
         match &join {
             // Without a readable section, the identity from before is all there is.
             Ok(None) | Err(_) => return Ok(Some(stored)),
@@ -279,7 +292,16 @@ async fn attempt(store: &Store, config: &AgentConfig, report: &Report) -> Result
             }
         }
     }
-    let Some(join) = join? else { return Ok(None) };
+    let Some(join) = join? else {
+        let Some(end) = expired else { return Ok(None) };
+        let since = Timestamp::from_second(end).unwrap_or_default();
+        let (node, now) = (config.node_name.clone(), Timestamp::now());
+        return Err(JoinError::Expired { node, since, now }.into());
+    };
+    if let Some(end) = expired {
+        let since = Timestamp::from_second(end).unwrap_or_default();
+        tracing::warn!("the client certificate of {} expired at {since}: joining again", config.node_name);
+    }
     report.step(JoinState::Joining);
     tracing::info!("joining {} as {}", join.server, config.node_name);
     join::join(&join, &config.node_name, store).await.map(Some)

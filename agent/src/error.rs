@@ -90,6 +90,15 @@ impl Error {
     }
 }
 
+/// Whether an API call failed because the server cannot be asked now, rather than because of what was asked.
+pub fn is_away(error: &kube::Error) -> bool {
+    match error {
+        kube::Error::Api(status) => status.code == 429 || status.code >= 500,
+        kube::Error::HyperError(_) | kube::Error::Service(_) | kube::Error::ReadEvents(_) => true,
+        _ => false,
+    }
+}
+
 /// An error and its causes in one line.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
@@ -102,5 +111,18 @@ pub fn chain(error: &dyn std::error::Error) -> String {
         }
         next = cause.source();
     }
-    text
+    // What a server said may have any number of lines.
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chain_is_one_line() {
+        let source = std::io::Error::other("first\nsecond\n\tthird");
+        let error = Error::Read { what: "config", path: "/x".into(), source };
+        assert_eq!(chain(&error), "cannot read config /x: first second third");
+    }
 }

@@ -2,8 +2,9 @@
 //!
 //! Called from everywhere in the agent; [`Recorder::record`] does not wait. One task posts. Invariants: the queue is
 //! bounded, and an event that does not fit is dropped rather than waited for; one object's events are limited in
-//! rate.
+//! rate; while the API server is away, events wait for it, for [`KEPT`] at most.
 
+use crate::error::is_away;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{Event, EventSource, ObjectReference};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta, Time};
@@ -11,6 +12,7 @@ use kube::api::{Api, Patch, PatchParams, PostParams};
 use std::collections::HashMap;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 
 /// Events waiting to be posted.
 const QUEUE: usize = 512;
@@ -22,6 +24,11 @@ const SAME: SignedDuration = SignedDuration::from_mins(10);
 const BURST: f64 = 25.0;
 const REFILL_SECONDS: f64 = 15.0;
 const REQUEST: Duration = Duration::from_secs(10);
+/// How long an event is tried to be posted, and the wait between two tries.
+const KEPT: Duration = Duration::from_secs(600);
+/// The same for one that the server fails at: the others behind it must not wait for what may never work.
+const KEPT_FAILING: Duration = Duration::from_secs(60);
+const AGAIN: Duration = Duration::from_secs(5);
 /// Longest message the API server takes.
 const MAX_MESSAGE: usize = 1024;
 
@@ -41,6 +48,8 @@ struct Entry {
     reason: &'static str,
     message: String,
     at: Timestamp,
+    /// The same moment by the steady clock: limits of rate do not follow the other one when it is set.
+    since_start: Instant,
 }
 
 /// Takes events; cheap to clone.
@@ -55,13 +64,24 @@ pub struct Poster {
     node: String,
     queue: mpsc::Receiver<Entry>,
     known: HashMap<String, Known>,
-    budgets: HashMap<String, (f64, Timestamp)>,
+    budgets: HashMap<String, (f64, Instant)>,
 }
 
 struct Known {
     name: String,
     count: i32,
     last: Timestamp,
+}
+
+/// What came of posting an event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Posting {
+    /// It is there, or nobody wants it.
+    Done,
+    /// The API server cannot be asked now.
+    Away,
+    /// It answers that it cannot.
+    Failing,
 }
 
 /// A recorder and the poster behind it.
@@ -99,7 +119,8 @@ impl Recorder {
         if let Some((cut, _)) = message.char_indices().nth(MAX_MESSAGE) {
             message.truncate(cut);
         }
-        let entry = Entry { object, severity, reason, message, at: Timestamp::now() };
+        let (at, since_start) = (Timestamp::now(), Instant::now());
+        let entry = Entry { object, severity, reason, message, at, since_start };
         // A full queue means that the API server does not keep up: events are the first to go.
         if self.queue.try_send(entry).is_err() {
             tracing::debug!(reason, "an event was dropped: the queue is full");
@@ -117,8 +138,23 @@ impl Poster {
                 _ = stop.wait_for(|stop| *stop) => None,
             };
             let Some(entry) = entry else { return };
-            if self.within_budget(&entry) {
-                self.post(entry).await;
+            if !self.within_budget(&entry) {
+                continue;
+            }
+            let begun = Instant::now();
+            loop {
+                let goes_on = match self.post(&entry).await {
+                    Posting::Done => false,
+                    Posting::Away => entry.since_start.elapsed() < KEPT,
+                    Posting::Failing => begun.elapsed() < KEPT_FAILING,
+                };
+                if !goes_on {
+                    break;
+                }
+                tokio::select! {
+                    () = tokio::time::sleep(AGAIN) => {}
+                    _ = stop.wait_for(|stop| *stop) => return,
+                }
             }
         }
     }
@@ -128,10 +164,10 @@ impl Poster {
             self.budgets.clear();
         }
         let name = format!("{:?}/{:?}", entry.object.uid, entry.object.name);
-        let (left, since) = self.budgets.entry(name).or_insert((BURST, entry.at));
-        let refill = entry.at.duration_since(*since).as_secs_f64() / REFILL_SECONDS;
+        let (left, since) = self.budgets.entry(name).or_insert((BURST, entry.since_start));
+        let refill = entry.since_start.saturating_duration_since(*since).as_secs_f64() / REFILL_SECONDS;
         *left = (*left + refill).min(BURST);
-        *since = entry.at;
+        *since = entry.since_start;
         if *left < 1.0 {
             return false;
         }
@@ -139,7 +175,7 @@ impl Poster {
         true
     }
 
-    async fn post(&mut self, entry: Entry) {
+    async fn post(&mut self, entry: &Entry) -> Posting {
         if self.known.len() > REMEMBERED {
             self.known.clear();
         }
@@ -158,19 +194,31 @@ impl Poster {
             let patch = Patch::Merge(&patch);
             let done = tokio::time::timeout(REQUEST, api.patch(&known.name, &params, &patch)).await;
             if matches!(done, Ok(Ok(_))) {
-                return;
+                return Posting::Done;
             }
             // The event has run out on the server, or the server is away: try as a new one.
             self.known.remove(&same);
         }
         let name = format!("{}.{:x}", object.name.as_deref().unwrap_or("node"), entry.at.as_nanosecond());
-        let event = self.event(&entry, &name, &namespace);
+        let event = self.event(entry, &name, &namespace);
         match tokio::time::timeout(REQUEST, api.create(&PostParams::default(), &event)).await {
             Ok(Ok(_)) => {
                 self.known.insert(same, Known { name, count: 1, last: entry.at });
+                Posting::Done
             }
-            Ok(Err(error)) => tracing::debug!(reason = entry.reason, %error, "cannot post an event"),
-            Err(_) => tracing::debug!(reason = entry.reason, "cannot post an event in time"),
+            Ok(Err(error)) => {
+                tracing::debug!(reason = entry.reason, %error, "cannot post an event");
+                // A try whose answer was lost had made it: its name is taken.
+                match &error {
+                    error if !is_away(error) => Posting::Done,
+                    kube::Error::Api(_) => Posting::Failing,
+                    _ => Posting::Away,
+                }
+            }
+            Err(_) => {
+                tracing::debug!(reason = entry.reason, "cannot post an event in time");
+                Posting::Away
+            }
         }
     }
 

@@ -67,21 +67,26 @@ impl Report {
     /// Follows node and pods. Ends with the agent.
     pub async fn follow(self, shared: Shared) {
         let (mut node, mut pods) = (shared.node.clone(), shared.pods.subscribe());
+        let mut contact = shared.contact.clone();
         loop {
             let readiness = node.borrow_and_update().as_deref().map(readiness);
+            let silent = contact.borrow_and_update().clone();
             let running = running(&pods.borrow_and_update());
             self.change(|status| {
-                status.node_ready = matches!(readiness, Some(Ok(())));
+                // What the API server said last counts only while it can be asked.
+                status.node_ready = matches!(readiness, Some(Ok(()))) && silent.is_none();
                 status.pods_running = running;
                 if status.join == JoinState::Joined {
+                    let unready = readiness.and_then(Result::err);
                     status.last_error =
-                        readiness.and_then(|is| is.err().map(|why| format!("node is not Ready: {why}")));
+                        silent.or_else(|| unready.map(|why| format!("node is not Ready: {why}")));
                 }
             });
-            // Both are cancel-safe: a change that is not seen now is seen at the next look.
+            // All are cancel-safe: a change that is not seen now is seen at the next look.
             let ended = tokio::select! {
                 changed = node.changed() => changed.is_err(),
                 changed = pods.changed() => changed.is_err(),
+                changed = contact.changed() => changed.is_err(),
             };
             if ended {
                 return;

@@ -89,6 +89,24 @@ impl Drop for Background {
     }
 }
 
+/// The child of `parent` that has this word among its arguments.
+pub fn child_with_argument(parent: u32, word: &str) -> Option<rustix::process::Pid> {
+    let is_child = |directory: &Path| {
+        let stat = std::fs::read_to_string(directory.join("stat")).unwrap_or_default();
+        // After the name in parentheses: state, parent (proc_pid_stat(5)).
+        let parent_field = stat.rsplit(") ").next().and_then(|rest| rest.split(' ').nth(1)?.parse().ok());
+        parent_field == Some(parent)
+    };
+    let named = |directory: &Path| {
+        let arguments = std::fs::read(directory.join("cmdline")).unwrap_or_default();
+        arguments.split(|byte| *byte == 0).any(|argument| argument == word.as_bytes())
+    };
+    let processes = std::fs::read_dir("/proc").ok()?.flatten().map(|entry| entry.path());
+    let mut found = processes.filter(|directory| is_child(directory) && named(directory));
+    let number = found.next()?.file_name()?.to_str()?.parse().ok()?;
+    rustix::process::Pid::from_raw(number)
+}
+
 fn open_log(log: &Path) -> anyhow::Result<File> {
     if let Some(parent) = log.parent() {
         std::fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;

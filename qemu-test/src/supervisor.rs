@@ -4,6 +4,7 @@ use crate::process::{Background, Output, run, run_ok, run_with_input, wait_for};
 use anyhow::{Context, bail};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Time a single kubectl call may take unless the caller says otherwise.
@@ -15,7 +16,8 @@ pub struct Supervisor {
     binary: PathBuf,
     data: PathBuf,
     address: String,
-    process: Background,
+    /// Tests stop and start it while others hold on to the lab.
+    process: Mutex<Background>,
     log: PathBuf,
 }
 
@@ -26,29 +28,41 @@ impl Supervisor {
     /// When it ends or is not ready within two minutes.
     pub fn start(binary: &Path, data: &Path, address: &str, log: &Path) -> anyhow::Result<Self> {
         std::fs::create_dir_all(data)?;
-        let process = Self::spawn(binary, data, address, log)?;
-        let mut supervisor = Self {
+        let process = Self::spawn(binary, data, address, log, &[])?;
+        let supervisor = Self {
             binary: binary.to_owned(),
             data: data.to_owned(),
             address: address.to_owned(),
-            process,
+            process: Mutex::new(process),
             log: log.to_owned(),
         };
         supervisor.wait_ready()?;
         Ok(supervisor)
     }
 
-    fn spawn(binary: &Path, data: &Path, address: &str, log: &Path) -> anyhow::Result<Background> {
-        Background::spawn(
-            "atoll-supervisor",
-            Command::new(binary).args(["up", "--data"]).arg(data).args(["--address", address]),
-            log,
-        )
+    fn spawn(
+        binary: &Path,
+        data: &Path,
+        address: &str,
+        log: &Path,
+        more: &[&str],
+    ) -> anyhow::Result<Background> {
+        let mut command = Command::new(binary);
+        command.args(["up", "--data"]).arg(data).args(["--address", address]).args(more);
+        Background::spawn("atoll-supervisor", &mut command, log)
     }
 
-    fn wait_ready(&mut self) -> anyhow::Result<()> {
+    fn process(&self) -> MutexGuard<'_, Background> {
+        self.process.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until it answers and its controllers work.
+    ///
+    /// # Errors
+    /// When it ends or is not ready within three minutes.
+    pub fn wait_ready(&self) -> anyhow::Result<()> {
         wait_for("the Supervisor to be ready", Duration::from_secs(180), || {
-            self.process.check_alive()?;
+            self.process().check_alive()?;
             let ready = self.data.join("admin.kubeconfig").exists()
                 && self.kubectl(&["get", "--raw", "/readyz"]).is_ok_and(|out| out.code == 0)
                 && self.kubectl(&["get", "serviceaccount", "default"]).is_ok_and(|out| out.code == 0);
@@ -57,27 +71,50 @@ impl Supervisor {
         .with_context(|| format!("log: {}", self.log.display()))
     }
 
-    /// Stops it and starts it again on the same data.
-    ///
-    /// # Errors
-    /// Those of [`Supervisor::start`].
-    pub fn restart(&mut self) -> anyhow::Result<()> {
-        self.process.stop(Duration::from_secs(30));
-        self.resume()
-    }
-
     /// Stops it.
-    pub fn stop(&mut self) {
-        self.process.stop(Duration::from_secs(30));
+    pub fn stop(&self) {
+        self.process().stop(Duration::from_secs(30));
     }
 
-    /// Starts it again after [`Supervisor::stop`].
+    /// Starts it again after [`Supervisor::stop`], on the same data, with more arguments for this run.
     ///
     /// # Errors
     /// Those of [`Supervisor::start`].
-    pub fn resume(&mut self) -> anyhow::Result<()> {
-        self.process = Self::spawn(&self.binary, &self.data, &self.address, &self.log)?;
+    pub fn resume(&self, more: &[&str]) -> anyhow::Result<()> {
+        *self.process() = Self::spawn(&self.binary, &self.data, &self.address, &self.log, more)?;
         self.wait_ready()
+    }
+
+    /// Kills one of its components (SIGKILL), by the name that its program knows it by, such as `etcd`.
+    ///
+    /// # Errors
+    /// When there is none of that name.
+    pub fn kill_component(&self, name: &str) -> anyhow::Result<()> {
+        let pid = crate::process::child_with_argument(self.process().pid(), name)
+            .with_context(|| format!("the Supervisor has no component {name}"))?;
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL)
+            .with_context(|| format!("cannot kill {name}"))
+    }
+
+    /// A bootstrap token that is good for this long, as `id.secret`.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn create_token(&self, good_for: &str) -> anyhow::Result<String> {
+        let mut command = self.command();
+        command.args(["token", "create", "--ttl", good_for, "--data"]).arg(&self.data);
+        let line = run_ok(&mut command, KUBECTL)?;
+        let token = line.split_whitespace().find_map(|word| word.strip_prefix("token="));
+        token.map(str::to_owned).with_context(|| format!("no token in {line:?}"))
+    }
+
+    /// Takes a bootstrap token back.
+    ///
+    /// # Errors
+    /// When there is no such token.
+    pub fn delete_token(&self, token: &str) -> anyhow::Result<()> {
+        let mut command = self.command();
+        run_ok(command.args(["token", "delete", token, "--data"]).arg(&self.data), KUBECTL).map(drop)
     }
 
     fn command(&self) -> Command {
@@ -184,6 +221,6 @@ impl Supervisor {
 
 impl Drop for Supervisor {
     fn drop(&mut self) {
-        self.process.stop(Duration::from_secs(10));
+        self.process().stop(Duration::from_secs(10));
     }
 }

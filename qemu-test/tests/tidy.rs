@@ -183,7 +183,7 @@ const RELIABILITY: [&str; 9] = [
 
 /// Names of the tests in a source: the function after each `#[test]`, whatever stands between.
 fn tests_in(text: &str) -> Vec<&str> {
-    let after = text.split("#[test]").chain(text.split("#[tokio::test")).skip(1);
+    let after = text.split("#[test]").skip(1).chain(text.split("#[tokio::test").skip(1));
     after.filter_map(|rest| rest.split("fn ").nth(1)?.split('(').next()).collect()
 }
 

@@ -5,12 +5,10 @@
 
 use super::token::{Server, Token};
 use super::{JoinError, Result};
+use crate::exchange::{Body, Cause, Proof, any_certificate, exchange as converse};
 use bytes::Bytes;
-use http_body_util::{BodyExt as _, Full, Limited};
-use hyper_util::rt::TokioIo;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
-use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use http_body_util::Full;
+use rustls::{CertificateError, ClientConfig, RootCertStore};
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use std::sync::Arc;
@@ -19,29 +17,19 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
+pub use crate::exchange::Answer;
+
 /// Longest one request may take, from the connection to the end of the answer.
 const REQUEST: Duration = Duration::from_secs(20);
 /// Longest answer, in bytes.
 const ANSWER: usize = 4 << 20;
-
-/// What a server answered.
-pub struct Answer {
-    /// HTTP status.
-    pub status: http::StatusCode,
-    /// Body.
-    pub body: Bytes,
-}
 
 /// Reads a public object from a server that nobody vouches for yet.
 ///
 /// # Errors
 /// When it cannot be reached.
 pub async fn fetch_unverified(server: &Server, path: &str) -> Result<Answer> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = builder(&provider)
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Anyone(provider)))
-        .with_no_client_auth();
+    let config = any_certificate(Proof::Key).map_err(|error| unreachable(server, error.into()))?;
     exchange(server, config, request(server, "GET", path, None, Bytes::new())).await
 }
 
@@ -60,7 +48,11 @@ impl Verified {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let roots =
             roots(ca_pem).map_err(|reason| JoinError::ClusterInfo { server: server.clone(), reason })?;
-        let config = builder(&provider).with_root_certificates(roots).with_no_client_auth();
+        let config = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .expect("ring has cipher suites for TLS 1.2 and 1.3")
+            .with_root_certificates(roots)
+            .with_no_client_auth();
         Ok(Self { server: server.clone(), config })
     }
 
@@ -96,12 +88,6 @@ pub(crate) fn roots(pem: &str) -> std::result::Result<RootCertStore, String> {
     Ok(roots)
 }
 
-fn builder(provider: &Arc<CryptoProvider>) -> rustls::ConfigBuilder<ClientConfig, rustls::WantsVerifier> {
-    ClientConfig::builder_with_provider(Arc::clone(provider))
-        .with_safe_default_protocol_versions()
-        .expect("ring has cipher suites for TLS 1.2 and 1.3")
-}
-
 fn request(
     server: &Server,
     method: &str,
@@ -132,15 +118,13 @@ async fn exchange(
     let talk = async {
         let request = request.map_err(|error| unreachable(server, error.into()))?;
         let tls = connect(server, config).await?;
-        converse(tls, request).await.map_err(|source| unreachable(server, source))
+        converse(tls, request, Body::AtMost(ANSWER)).await.map_err(|source| unreachable(server, source))
     };
     match tokio::time::timeout(REQUEST, talk).await {
         Ok(answer) => answer,
         Err(elapsed) => Err(unreachable(server, elapsed.into())),
     }
 }
-
-type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 fn unreachable(server: &Server, source: Cause) -> JoinError {
     JoinError::Unreachable { server: server.clone(), source }
@@ -153,72 +137,33 @@ async fn connect(server: &Server, config: ClientConfig) -> Result<TlsStream<TcpS
         .await
         .map_err(|error| unreachable(server, error.into()))?;
     TlsConnector::from(Arc::new(config)).connect(name, stream).await.map_err(|source| {
-        if source.get_ref().is_some_and(|inner| inner.is::<rustls::Error>()) {
-            JoinError::Certificate { server: server.clone(), source }
-        } else {
-            unreachable(server, source.into())
+        match source.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+            Some(error) => match out_of_time(error) {
+                Some(is) => {
+                    JoinError::Clock { server: server.clone(), now: jiff::Timestamp::now(), is, source }
+                }
+                None => JoinError::Certificate { server: server.clone(), source },
+            },
+            None => unreachable(server, source.into()),
         }
     })
 }
 
-/// One request and its answer; the connection is closed after it.
-async fn converse(
-    tls: TlsStream<TcpStream>,
-    request: http::Request<Full<Bytes>>,
-) -> std::result::Result<Answer, Cause> {
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(tls)).await?;
-    let send = async {
-        let response = sender.send_request(request).await?;
-        let status = response.status();
-        let body = Limited::new(response.into_body(), ANSWER).collect().await?;
-        Ok(Answer { status, body: body.to_bytes() })
+/// Since when or from when a certificate is not in force, when that is all that is wrong with it.
+fn out_of_time(error: &rustls::Error) -> Option<String> {
+    let moment = |time: &UnixTime| {
+        let seconds = i64::try_from(time.as_secs()).ok().map(jiff::Timestamp::from_second);
+        seconds
+            .and_then(std::result::Result::ok)
+            .map_or_else(|| "an unknown time".to_owned(), |time| time.to_string())
     };
-    tokio::pin!(send);
-    // Cancel-safe: `send` is pinned outside and goes on; the connection is not needed any more once it is over.
-    tokio::select! {
-        answer = &mut send => answer,
-        ended = connection => {
-            ended?;
-            send.await
+    match error {
+        rustls::Error::InvalidCertificate(CertificateError::ExpiredContext { not_after, .. }) => {
+            Some(format!("expired at {}", moment(not_after)))
         }
-    }
-}
-
-/// Takes any certificate: for reading what is public, and proves itself by signature and pin.
-#[derive(Debug)]
-struct Anyone(Arc<CryptoProvider>);
-
-impl ServerCertVerifier for Anyone {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> std::result::Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> std::result::Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, certificate, signature, &self.0.signature_verification_algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> std::result::Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, certificate, signature, &self.0.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
+        rustls::Error::InvalidCertificate(CertificateError::NotValidYetContext { not_before, .. }) => {
+            Some(format!("is not valid before {}", moment(not_before)))
+        }
+        _ => None,
     }
 }

@@ -19,6 +19,7 @@ pub mod token;
 use bytes::Bytes;
 use http::StatusCode;
 use https::{Answer, Verified};
+use jiff::Timestamp;
 use k8s_openapi::api::certificates::v1::CertificateSigningRequest;
 use rcgen::KeyPair;
 use request::Outcome;
@@ -75,6 +76,46 @@ pub enum JoinError {
         server: Server,
         /// Why.
         source: std::io::Error,
+    },
+    /// Its certificate is not in force, so one of the two clocks is wrong.
+    #[error(
+        "cannot join: by this host's clock, {now}, the certificate of {server} {is}, the token was not sent: is the host's clock right (time.servers), or the server's certificate to be renewed?"
+    )]
+    Clock {
+        /// Which server.
+        server: Server,
+        /// The clock of this host.
+        now: Timestamp,
+        /// Since when or from when it is not in force.
+        is: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It is there and cannot answer now.
+    #[error(
+        "cannot join: {server} cannot answer now ({status}: {message}): nothing to do, it is asked again"
+    )]
+    Busy {
+        /// Which server.
+        server: Server,
+        /// HTTP status.
+        status: StatusCode,
+        /// What it said.
+        message: String,
+        /// How long it asked to wait.
+        retry_after: Option<Duration>,
+    },
+    /// The certificate from an earlier start is no longer in force, and there is no token for a new one.
+    #[error(
+        "cannot join: the client certificate of node {node} expired at {since} while the host was off, and the machine config has no join section to get a new one: put server, token and CA pin there (`atoll-supervisor token create --machine-config`); by the host's clock it is {now}"
+    )]
+    Expired {
+        /// Which node.
+        node: String,
+        /// When it expired.
+        since: Timestamp,
+        /// The clock of this host.
+        now: Timestamp,
     },
     /// It is no control plane, or not set up for joining.
     #[error(
@@ -154,6 +195,16 @@ pub enum JoinError {
     },
 }
 
+impl JoinError {
+    /// How long the server asked to wait before the next try.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Busy { retry_after, .. } => *retry_after,
+            _ => None,
+        }
+    }
+}
+
 /// One try, from token to identity. A try that follows a failed or interrupted one goes on with its key and request.
 ///
 /// # Errors
@@ -197,8 +248,22 @@ fn expect_cluster_info(server: &Server, answer: &Answer) -> Result<()> {
     if answer.status == StatusCode::OK {
         return Ok(());
     }
+    busy(server, answer)?;
     let reason = format!("{}: {}", answer.status, message(&answer.body));
     Err(JoinError::ClusterInfo { server: server.clone(), reason })
+}
+
+/// An overloaded or failing server says nothing about the token: it is asked again.
+fn busy(server: &Server, answer: &Answer) -> Result<()> {
+    if answer.status != StatusCode::TOO_MANY_REQUESTS && !answer.status.is_server_error() {
+        return Ok(());
+    }
+    Err(JoinError::Busy {
+        server: server.clone(),
+        status: answer.status,
+        message: message(&answer.body),
+        retry_after: answer.retry_after,
+    })
 }
 
 /// Makes the request, or finds the one made before, and waits until it is signed.
@@ -231,6 +296,7 @@ fn expect_success(join: &Join, answer: &Answer) -> Result<()> {
     if answer.status.is_success() {
         return Ok(());
     }
+    busy(&join.server, answer)?;
     Err(JoinError::Refused {
         server: join.server.clone(),
         id: join.token.id().to_owned(),
@@ -239,12 +305,13 @@ fn expect_success(join: &Join, answer: &Answer) -> Result<()> {
     })
 }
 
-/// The message of a Kubernetes `Status`, or the beginning of whatever it is.
+/// The message of a Kubernetes `Status`, or the beginning of whatever it is, in one line.
 fn message(body: &[u8]) -> String {
-    serde_json::from_slice::<serde_json::Value>(body)
+    let text = serde_json::from_slice::<serde_json::Value>(body)
         .ok()
         .and_then(|status| status.get("message")?.as_str().map(str::to_owned))
-        .unwrap_or_else(|| String::from_utf8_lossy(&body[..body.len().min(200)]).into_owned())
+        .unwrap_or_else(|| String::from_utf8_lossy(&body[..body.len().min(200)]).into_owned());
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]

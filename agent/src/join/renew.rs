@@ -12,7 +12,7 @@ use std::time::Duration;
 
 /// How often the clock is looked at; it may jump, so nothing sleeps until a far moment.
 const LOOK: Duration = Duration::from_secs(30);
-/// Wait after a failed renewal.
+/// Wait after a renewal, whatever came of it.
 const AGAIN: Duration = Duration::from_secs(60);
 /// Longest one call may take.
 const CALL: Duration = Duration::from_secs(20);
@@ -44,6 +44,8 @@ pub async fn keep(
                     credentials.replace(Arc::clone(&renewed.certified));
                     tracing::info!("client certificate renewed, valid until {}", moment(renewed.not_after));
                     identity = renewed;
+                    // One that is due at once, by a wrong clock or a very short life, must not be a storm of requests.
+                    tokio::time::sleep(AGAIN).await;
                     break;
                 }
                 Err(error) if now() >= identity.not_after => {
@@ -111,7 +113,7 @@ fn moment(seconds: i64) -> String {
 }
 
 /// A number from 0 to 1 that differs between nodes.
-fn spread() -> f64 {
+pub fn spread() -> f64 {
     let mut byte = [0];
     let random = ring::rand::SystemRandom::new();
     match ring::rand::SecureRandom::fill(&random, &mut byte) {

@@ -12,10 +12,11 @@ use std::hash::Hash;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long a yes and a no are believed; as the kubelet does by default for webhooks.
-const ALLOWED: Duration = Duration::from_secs(300);
-const DENIED: Duration = Duration::from_secs(30);
-const TOKEN: Duration = Duration::from_secs(120);
+/// How long a yes and a no are believed: long enough for somebody who looks again and again, and not so long that
+/// what was taken away goes on working. (The kubelet's minutes are for clusters of thousands of nodes.)
+const ALLOWED: Duration = Duration::from_secs(30);
+const DENIED: Duration = Duration::from_secs(10);
+const TOKEN: Duration = Duration::from_secs(10);
 /// Most answers kept.
 const MAX_ANSWERS: usize = 1024;
 /// Deadline of one review.
@@ -58,9 +59,8 @@ impl Access {
     }
 
     /// Whether the caller may do this to this node; 403 when not.
-    pub(super) async fn check(&self, caller: &Caller, method: &Method, path: &str) -> Result<(), Refusal> {
-        let verb = verb(method);
-        let resources = subresources(path);
+    pub(super) async fn check(&self, caller: &Caller, attempt: Attempt) -> Result<(), Refusal> {
+        let Attempt { verb, subresources: resources } = attempt;
         for subresource in resources {
             if self.allowed(caller, verb, subresource).await? {
                 return Ok(());
@@ -138,31 +138,36 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn verb(method: &Method) -> &'static str {
-    match *method {
-        Method::POST => "create",
-        Method::PUT => "update",
-        Method::PATCH => "patch",
-        Method::DELETE => "delete",
-        _ => "get",
-    }
+/// What is tried, as Kubernetes' authorisation names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Attempt {
+    /// Verb.
+    pub verb: &'static str,
+    /// Subresources of `nodes` of which one must be allowed, the finest first (Kubernetes' kubelet authorisation).
+    pub subresources: &'static [&'static str],
 }
 
-/// Subresources of `nodes` of which one must be allowed, the finest first (Kubernetes' kubelet authorisation).
-fn subresources(path: &str) -> &'static [&'static str] {
-    let is = |root: &str| path == root || path.strip_prefix(root).is_some_and(|rest| rest.starts_with('/'));
-    if is("/healthz") {
-        &["healthz", "proxy"]
-    } else if is("/pods") || is("/runningpods") {
-        &["pods", "proxy"]
-    } else if is("/stats") {
-        &["stats"]
-    } else if is("/metrics") {
-        &["metrics"]
-    } else if is("/logs") {
-        &["log"]
-    } else {
-        &["proxy"]
+impl Attempt {
+    /// Of a method on a path whose first part, decoded, is `first`: the same one that `routes` goes by.
+    pub(super) fn of(method: &Method, first: &str) -> Self {
+        let verb = match *method {
+            // A WebSocket begins with GET, yet it is not looking that is done: who may only look may not do these.
+            _ if matches!(first, "exec" | "attach" | "portForward" | "run") => "create",
+            Method::POST => "create",
+            Method::PUT => "update",
+            Method::PATCH => "patch",
+            Method::DELETE => "delete",
+            _ => "get",
+        };
+        let subresources: &[_] = match first {
+            "healthz" => &["healthz", "proxy"],
+            "pods" | "runningpods" => &["pods", "proxy"],
+            "stats" => &["stats"],
+            "metrics" => &["metrics"],
+            "logs" => &["log"],
+            _ => &["proxy"],
+        };
+        Self { verb, subresources }
     }
 }
 
@@ -202,10 +207,20 @@ mod tests {
 
     #[test]
     fn paths_map_to_the_finest_subresource() {
-        assert_eq!(subresources("/pods"), ["pods", "proxy"]);
-        assert_eq!(subresources("/podsx"), ["proxy"]);
-        assert_eq!(subresources("/exec/ns/pod/c"), ["proxy"]);
-        assert_eq!(subresources("/healthz/ping"), ["healthz", "proxy"]);
+        let of = |first| Attempt::of(&Method::GET, first);
+        assert_eq!(of("pods").subresources, ["pods", "proxy"]);
+        assert_eq!(of("podsx").subresources, ["proxy"]);
+        assert_eq!(of("healthz").subresources, ["healthz", "proxy"]);
+        assert_eq!(of("containerLogs"), Attempt { verb: "get", subresources: &["proxy"] });
+    }
+
+    #[test]
+    fn what_acts_is_never_a_get() {
+        for first in ["exec", "attach", "portForward", "run"] {
+            let wanted = Attempt { verb: "create", subresources: &["proxy"] };
+            assert_eq!(Attempt::of(&Method::GET, first), wanted);
+            assert_eq!(Attempt::of(&Method::POST, first), wanted);
+        }
     }
 
     #[test]

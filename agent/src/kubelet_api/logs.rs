@@ -20,8 +20,8 @@ use tokio::sync::mpsc;
 
 /// Interval at which a follower looks for more.
 const FOLLOW: Duration = Duration::from_millis(100);
-/// How long a log may take to appear after its container started.
-const FIRST_LINE: Duration = Duration::from_secs(3);
+/// How long a log may be away while it is rotated: renamed, and not yet opened anew by the runtime.
+const ROTATION: Duration = Duration::from_secs(3);
 /// A follower asks the runtime whether the container still runs once in this many looks.
 const LOOKS_PER_STATUS: u32 = 10;
 /// Bytes read at once.
@@ -117,9 +117,10 @@ pub(super) async fn serve(
     Ok(response)
 }
 
-/// Opens a log. A container that has just started may have none for a moment, or one that is not readable yet.
+/// Opens a log. The runtime makes it before it starts the container, so that it is there whenever there is something
+/// to read, except for a moment while it is rotated.
 async fn open(path: &Path) -> Result<File, Refusal> {
-    let deadline = tokio::time::Instant::now() + FIRST_LINE;
+    let deadline = tokio::time::Instant::now() + ROTATION;
     loop {
         match File::open(path).await {
             Ok(file) => return Ok(file),
@@ -132,8 +133,8 @@ async fn open(path: &Path) -> Result<File, Refusal> {
     }
 }
 
-/// The container's newest attempt, or the one before; 400 says why there is none, in the kubelet's words, because
-/// people search for them.
+/// The container's newest attempt that was started, or the one before the newest; 400 says why there is none, in the
+/// kubelet's words, because people search for them.
 async fn wanted_attempt(
     api: &Api,
     pod: &Pod,
@@ -142,7 +143,7 @@ async fn wanted_attempt(
 ) -> Result<v1::ContainerStatus, Refusal> {
     let name = pod.metadata.name.as_deref().unwrap_or_default();
     let attempts = find::attempts(api, pod, container).await?;
-    let attempt = attempts.get(usize::from(previous)).ok_or_else(|| {
+    let attempt = chosen(&attempts, previous).ok_or_else(|| {
         let message = if previous {
             format!("previous terminated container \"{container}\" in pod \"{name}\" not found")
         } else {
@@ -158,6 +159,14 @@ async fn wanted_attempt(
             format!("container \"{container}\" in pod \"{name}\" was removed just now"),
         )
     })
+}
+
+/// An attempt that was made and not started has no log yet: what there is to read is from the one before.
+fn chosen(attempts: &[v1::Container], previous: bool) -> Option<&v1::Container> {
+    if previous {
+        return attempts.get(1);
+    }
+    attempts.iter().find(|attempt| attempt.state() != v1::ContainerState::ContainerCreated)
 }
 
 fn waiting_reason<'a>(pod: &'a Pod, container: &str) -> Option<&'a str> {
@@ -356,6 +365,39 @@ mod tests {
         let mut open = File::open(file.path()).await.unwrap();
         let start = tail_start(&mut open, lines).await.unwrap();
         text[usize::try_from(start).unwrap()..].to_owned()
+    }
+
+    #[test]
+    fn an_attempt_that_was_not_started_has_no_log() {
+        use v1::ContainerState::{ContainerCreated, ContainerExited, ContainerRunning};
+        let attempts = |states: &[v1::ContainerState]| {
+            let made = states.iter().enumerate().map(|(n, state)| v1::Container {
+                id: n.to_string(),
+                state: (*state).into(),
+                ..Default::default()
+            });
+            made.collect::<Vec<_>>()
+        };
+        let id = |all: &[v1::Container], previous| chosen(all, previous).map(|c| c.id.clone());
+        let first = attempts(&[ContainerCreated]);
+        assert_eq!((id(&first, false), id(&first, true)), (None, None));
+        let again = attempts(&[ContainerCreated, ContainerExited, ContainerExited]);
+        assert_eq!((id(&again, false), id(&again, true)), (Some("1".into()), Some("1".into())));
+        let running = attempts(&[ContainerRunning, ContainerExited]);
+        assert_eq!((id(&running, false), id(&running, true)), (Some("0".into()), Some("1".into())));
+    }
+
+    #[tokio::test]
+    async fn a_log_that_is_being_rotated_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("0.log");
+        let opening = tokio::spawn({
+            let path = path.clone();
+            async move { open(&path).await.is_ok() }
+        });
+        tokio::task::yield_now().await;
+        std::fs::write(&path, "line\n").unwrap();
+        assert!(opening.await.unwrap());
     }
 
     #[tokio::test]

@@ -2,7 +2,8 @@
 //!
 //! Flow: TLS ([`serving`] certificate) → who calls ([`caller`]) → may they ([`access`]) → [`routes`] → [`logs`] or
 //! [`streams`]. Containers are found through CRI by the labels that `pods` puts on what it makes ([`find`]).
-//! Invariant: nothing is answered before the caller is authenticated and the API server has allowed the call.
+//! Invariants: nothing is answered before the caller is authenticated and the API server has allowed the call; what a
+//! caller can take before that is bounded ([`strangers`], [`GREETING`], [`HEAD`]).
 
 mod access;
 mod caller;
@@ -11,6 +12,7 @@ mod logline;
 mod logs;
 mod routes;
 mod serving;
+mod strangers;
 mod streams;
 
 use crate::app::Shared;
@@ -25,16 +27,19 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls_pki_types::CertificateDer;
 use std::convert::Infallible;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use strangers::{Stranger, Strangers};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_rustls::TlsAcceptor;
 
 /// Connections at once; each follower of a log and each exec holds one.
 const MAX_CONNECTIONS: usize = 512;
-/// Longest a caller may take for TLS and for the head of its request.
-const GREETING: Duration = Duration::from_secs(20);
+/// Longest a caller may take for TLS, for the head of its request, and between two requests.
+const GREETING: Duration = Duration::from_secs(10);
+/// Most bytes of a request's head: the command of an exec is in it.
+const HEAD: usize = 128 * 1024;
 
 /// Body of every answer.
 type Body = UnsyncBoxBody<Bytes, std::io::Error>;
@@ -64,11 +69,12 @@ pub async fn run(
     let renewal = tokio::spawn(serving.keep(shared.clone()));
     let api = Arc::new(Api { shared, cri, access });
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let strangers = Strangers::default();
     loop {
         // Both arms are cancel-safe: accept() loses no connection, wait_for() no change.
-        let stream = tokio::select! {
+        let (stream, peer) = tokio::select! {
             accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => stream,
+                Ok(accepted) => accepted,
                 Err(error) => {
                     tracing::warn!("kubelet API: cannot accept a connection: {error}");
                     tokio::time::sleep(Duration::from_millis(100)).await;
@@ -81,11 +87,12 @@ pub async fn run(
             tracing::warn!("kubelet API: {MAX_CONNECTIONS} connections are open, one more was refused");
             continue;
         };
-        let (acceptor, api) = (acceptor.clone(), Arc::clone(&api));
-        tokio::spawn(async move {
-            connection(stream, acceptor, api).await;
-            drop(slot);
-        });
+        let Some(stranger) = strangers.enter(peer.ip()) else {
+            tracing::debug!("kubelet API: too many unknown callers at {}, one more was refused", peer.ip());
+            continue;
+        };
+        let visit = Visit { stranger: Mutex::new(Some(stranger)), slot: Arc::new(slot) };
+        tokio::spawn(connection(stream, acceptor.clone(), Arc::clone(&api), visit));
     }
     renewal.abort();
     Ok(())
@@ -96,20 +103,33 @@ async fn stopped(stop: &mut watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;
 }
 
-async fn connection(stream: TcpStream, acceptor: TlsAcceptor, api: Arc<Api>) {
+/// What a connection takes of what there is.
+struct Visit {
+    /// Until the caller is known.
+    stranger: Mutex<Option<Stranger>>,
+    /// Until the connection, and every stream that began on it, has ended.
+    slot: Slot,
+}
+
+/// One of [`MAX_CONNECTIONS`].
+type Slot = Arc<OwnedSemaphorePermit>;
+
+async fn connection(stream: TcpStream, acceptor: TlsAcceptor, api: Arc<Api>, visit: Visit) {
     let tls = match tokio::time::timeout(GREETING, acceptor.accept(stream)).await {
         Ok(Ok(tls)) => tls,
         Ok(Err(error)) => return tracing::debug!("kubelet API: TLS handshake: {error}"),
         Err(_) => return tracing::debug!("kubelet API: a caller did not finish its TLS handshake"),
     };
     let certificate = tls.get_ref().1.peer_certificates().and_then(|chain| chain.first()).cloned();
+    let visit = Arc::new(visit);
     let service = service_fn(move |request| {
-        let (api, certificate) = (Arc::clone(&api), certificate.clone());
-        async move { Ok::<_, Infallible>(answer(&api, certificate.as_ref(), request).await) }
+        let (api, certificate, visit) = (Arc::clone(&api), certificate.clone(), Arc::clone(&visit));
+        async move { Ok::<_, Infallible>(answer(&api, certificate.as_ref(), &visit, request).await) }
     });
     let served = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(GREETING)
+        .max_buf_size(HEAD)
         .serve_connection(TokioIo::new(tls), service)
         .with_upgrades()
         .await;
@@ -122,15 +142,23 @@ async fn connection(stream: TcpStream, acceptor: TlsAcceptor, api: Arc<Api>) {
 async fn answer(
     api: &Api,
     certificate: Option<&CertificateDer<'_>>,
-    request: Request<Incoming>,
+    visit: &Visit,
+    mut request: Request<Incoming>,
 ) -> Response<Body> {
     let caller = match caller::identify(&api.access, certificate, request.headers()).await {
         Ok(caller) => caller,
-        Err(refusal) => return refusal.into_response(),
+        Err(refusal) => {
+            let mut response = refusal.into_response();
+            // Nobody keeps a connection open for strangers.
+            response.headers_mut().insert("connection", http::HeaderValue::from_static("close"));
+            return response;
+        }
     };
-    if let Err(refusal) = api.access.check(&caller, request.method(), request.uri().path()).await {
+    visit.stranger.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Err(refusal) = api.access.check(&caller, routes::attempt(&request)).await {
         return refusal.into_response();
     }
+    request.extensions_mut().insert(Arc::clone(&visit.slot));
     routes::route(api, request).await.unwrap_or_else(Refusal::into_response)
 }
 

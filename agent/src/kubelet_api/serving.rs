@@ -6,6 +6,7 @@
 
 use crate::app::Shared;
 use crate::error::{Error, Result, chain};
+use crate::join::renew;
 use k8s_openapi::ByteString;
 use k8s_openapi::api::certificates::v1::{CertificateSigningRequest, CertificateSigningRequestSpec};
 use kube::api::{Api, ObjectMeta, PostParams};
@@ -25,6 +26,10 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 const FIRST_BACK_OFF: Duration = Duration::from_secs(2);
 const LONGEST_BACK_OFF: Duration = Duration::from_secs(120);
 const CALL: Duration = Duration::from_secs(20);
+/// How often the clock is looked at; it may jump, so nothing sleeps until a far moment.
+const LOOK: Duration = Duration::from_secs(30);
+/// Least time between two certificates.
+const LEAST: Duration = Duration::from_secs(5);
 
 /// The certificate in use.
 #[derive(Debug, Default)]
@@ -68,15 +73,21 @@ impl Serving {
                 Names { node: config.node_name.clone(), addresses: config.addresses.clone() }
             };
             match request(&shared.client, &names).await {
-                Ok((certified, life)) => {
+                Ok((certified, due)) => {
                     tracing::info!("kubelet API: serving certificate for {} in use", names.node);
                     *self.slot.0.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(certified));
                     back_off = FIRST_BACK_OFF;
-                    let changed =
-                        config.wait_for(|c| c.node_name != names.node || c.addresses != names.addresses);
-                    // Ok: the addresses changed; timeout: it nears its end. Both ask for a new one.
-                    if let Ok(Err(_)) = tokio::time::timeout(life.mul_f64(0.8), changed).await {
-                        return;
+                    // One that is due at once, by a wrong clock or a very short life, must not be a storm of requests.
+                    tokio::time::sleep(LEAST).await;
+                    loop {
+                        let changed =
+                            config.wait_for(|c| c.node_name != names.node || c.addresses != names.addresses);
+                        match tokio::time::timeout(LOOK, changed).await {
+                            Ok(Err(_)) => return,
+                            Ok(Ok(_)) => break,
+                            Err(_) if renew::now() >= due => break,
+                            Err(_) => {}
+                        }
                     }
                 }
                 Err(error) => {
@@ -93,8 +104,8 @@ impl Serving {
     }
 }
 
-/// One request from key to certificate; also how long it is valid from now.
-async fn request(client: &kube::Client, names: &Names) -> Result<(CertifiedKey, Duration)> {
+/// One request from key to certificate; also when to ask for the next one, in seconds since 1970.
+async fn request(client: &kube::Client, names: &Names) -> Result<(CertifiedKey, i64)> {
     let broken = |reason: String| Error::Certificate { what: "the serving certificate".into(), reason };
     let key = KeyPair::generate().map_err(|error| broken(error.to_string()))?;
     let csr = csr_pem(names, &key).map_err(|error| broken(error.to_string()))?;
@@ -117,12 +128,12 @@ async fn request(client: &kube::Client, names: &Names) -> Result<(CertifiedKey, 
     let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(&pem)
         .collect::<std::result::Result<_, _>>()
         .map_err(|error| broken(error.to_string()))?;
-    let life = remaining(chain.first().ok_or_else(|| broken("the answer has no certificate".into()))?)
+    let due = due(chain.first().ok_or_else(|| broken("the answer has no certificate".into()))?)
         .ok_or_else(|| broken("its end cannot be read".into()))?;
     let private = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
     let signing = rustls::crypto::ring::sign::any_supported_type(&private)
         .map_err(|error| broken(error.to_string()))?;
-    Ok((CertifiedKey::new(chain, signing), life))
+    Ok((CertifiedKey::new(chain, signing), due))
 }
 
 fn csr_pem(names: &Names, key: &KeyPair) -> std::result::Result<String, rcgen::Error> {
@@ -158,11 +169,12 @@ async fn within<T>(operation: &str, call: impl Future<Output = kube::Result<T>>)
         .map_err(|error| Error::api(format!("cannot {operation}"), error))
 }
 
-fn remaining(certificate: &CertificateDer<'_>) -> Option<Duration> {
+/// At four fifths of its life.
+fn due(certificate: &CertificateDer<'_>) -> Option<i64> {
     use x509_parser::prelude::{FromDer, X509Certificate};
     let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
-    let end = parsed.validity().not_after.timestamp();
-    u64::try_from(end - jiff::Timestamp::now().as_second()).ok().map(Duration::from_secs)
+    let validity = parsed.validity();
+    Some(renew::due(validity.not_before.timestamp(), validity.not_after.timestamp(), 0.5))
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //! it, byte for byte. What is spoken inside (SPDY/3.1 or WebSocket) is between the API server and the runtime.
 
 use super::routes::Query;
-use super::{Api, Body, Refusal, find, text, whole};
+use super::{Api, Body, Refusal, Slot, find, text, whole};
 use atoll_cri::v1;
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::body::Incoming;
@@ -81,6 +81,8 @@ pub(super) async fn serve(
             format!("the runtime's streaming server did not answer within {} s", SETUP.as_secs()),
         )
     };
+    // The stream counts as the connection that it began on, which ends with the upgrade.
+    let slot = request.extensions_mut().remove::<Slot>();
     let caller = hyper::upgrade::on(&mut request);
     let mut answer = tokio::time::timeout(SETUP, forward(&url, &request)).await.map_err(|_| late())??;
     if answer.status() != StatusCode::SWITCHING_PROTOCOLS {
@@ -100,6 +102,7 @@ pub(super) async fn serve(
             Ok(Err(error)) => tracing::debug!("stream ended: {error}"),
             Err(_) => tracing::info!("a stream was ended after {} h", LONGEST.as_secs() / 3600),
         }
+        drop(slot);
     });
     let mut response = Response::new(whole(""));
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;

@@ -8,7 +8,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, OwnerReference};
 use kube::api::{Api, ObjectMeta, Patch, PatchParams, PostParams};
 use serde_json::json;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 /// Life of the lease, in seconds, and how often it is renewed; the kubelet's figures.
@@ -17,9 +17,21 @@ const RENEW: Duration = Duration::from_secs(10);
 /// After a failure: soon enough that two of them do not lose the lease.
 const RETRY: Duration = Duration::from_secs(2);
 
-/// Renews for ever, from the moment the node is registered.
-pub(super) async fn keep(client: kube::Client, name: String, mut node: watch::Receiver<Option<Arc<Node>>>) {
+/// Failed renewals in a row that mean more than a hiccup, such as a connection closed with its certificate.
+const HICCUPS: u32 = 2;
+/// While it goes on, a failure is told on the console this often.
+const TOLD_EVERY: Duration = Duration::from_secs(60);
+
+/// Renews for ever, from the moment the node is registered. `contact` is told why the API server cannot be reached,
+/// and when it can again.
+pub(super) async fn keep(
+    client: kube::Client,
+    name: String,
+    mut node: watch::Receiver<Option<Arc<Node>>>,
+    contact: watch::Sender<Option<String>>,
+) {
     let leases: Api<Lease> = Api::namespaced(client, "kube-node-lease");
+    let mut away: Option<Away> = None;
     loop {
         let owner = match node.wait_for(Option::is_some).await {
             Ok(node) => node.as_ref().and_then(|node| node.metadata.uid.clone()),
@@ -27,13 +39,46 @@ pub(super) async fn keep(client: kube::Client, name: String, mut node: watch::Re
             Err(_) => return,
         };
         let pause = match renew(&leases, &name, owner).await {
-            Ok(()) => RENEW,
+            Ok(()) => {
+                if let Some(away) = away.take().filter(|away| away.failures >= HICCUPS) {
+                    let seconds = away.since.elapsed().as_secs();
+                    tracing::info!("lease of node {name} renewed again after {seconds} s");
+                    contact.send_replace(None);
+                }
+                RENEW
+            }
             Err(error) => {
-                tracing::warn!("lease of node {name}: {}", chain(&error));
+                away.get_or_insert_with(Away::begin).note(&name, chain(&error), &contact);
                 RETRY
             }
         };
         tokio::time::sleep(pause).await;
+    }
+}
+
+/// A time without a renewal.
+struct Away {
+    since: Instant,
+    failures: u32,
+    told: Option<Instant>,
+}
+
+impl Away {
+    fn begin() -> Self {
+        Self { since: Instant::now(), failures: 0, told: None }
+    }
+
+    fn note(&mut self, name: &str, why: String, contact: &watch::Sender<Option<String>>) {
+        self.failures += 1;
+        if self.failures < HICCUPS {
+            return tracing::debug!("lease of node {name}: {why}");
+        }
+        let line = format!("{why}: pods keep running, the API server is asked again");
+        if self.told.is_none_or(|told| told.elapsed() >= TOLD_EVERY) {
+            self.told = Some(Instant::now());
+            tracing::warn!("lease of node {name}: {line}");
+        }
+        contact.send_replace(Some(line));
     }
 }
 

@@ -22,7 +22,7 @@ use tokio::sync::watch;
 
 /// How often the status is computed, once the node is Ready.
 const COMPUTE: Duration = Duration::from_secs(10);
-/// The same while it is not: Ready should not wait for its turn.
+/// The same while it is not yet: Ready should not wait for its turn. Longer each time, for it may stay so.
 const COMPUTE_UNREADY: Duration = Duration::from_secs(1);
 /// An unchanged status is posted this often; liveness is the lease's business.
 const POST_UNCHANGED: Duration = Duration::from_secs(300);
@@ -37,12 +37,15 @@ pub struct Outputs {
     pub node: watch::Sender<Option<Arc<Node>>>,
     /// Name and version of the runtime, as `name://version`.
     pub runtime_version: watch::Sender<Option<String>>,
+    /// Why the API server cannot be reached; `None` while it can.
+    pub contact: watch::Sender<Option<String>>,
 }
 
 /// Registers the node and keeps its lease and status until `stop` is true.
 pub async fn run(shared: Shared, cri: Cri, outputs: Outputs, mut stop: watch::Receiver<bool>) {
     let work = async {
-        let lease = lease::keep(shared.client.clone(), shared.node_name(), outputs.node.subscribe());
+        let (node, contact) = (outputs.node.subscribe(), outputs.contact.clone());
+        let lease = lease::keep(shared.client.clone(), shared.node_name(), node, contact);
         tokio::join!(lease, keep_status(&shared, &cri, &outputs));
     };
     // Both arms may be cancelled anywhere: whatever was under way is done again at the next start.
@@ -54,20 +57,15 @@ pub async fn run(shared: Shared, cri: Cri, outputs: Outputs, mut stop: watch::Re
 
 /// Never returns.
 async fn keep_status(shared: &Shared, cri: &Cri, outputs: &Outputs) {
-    let mut keeper = Keeper {
-        shared,
-        cri,
-        outputs,
-        api: Api::all(shared.client.clone()),
-        posted: None,
-        announced_cidr: None,
-    };
-    let mut back_off = FIRST_BACK_OFF;
+    let mut keeper = Keeper { shared, cri, outputs, api: Api::all(shared.client.clone()), posted: None };
+    let (mut back_off, mut unready) = (FIRST_BACK_OFF, COMPUTE_UNREADY);
     loop {
         match keeper.turn().await {
             Ok(ready) => {
                 back_off = FIRST_BACK_OFF;
-                tokio::time::sleep(if ready { COMPUTE } else { COMPUTE_UNREADY }).await;
+                let pause = if ready { COMPUTE } else { unready };
+                unready = if ready { COMPUTE_UNREADY } else { (unready.mul_f64(1.25)).min(COMPUTE) };
+                tokio::time::sleep(pause).await;
             }
             Err(error) => {
                 tracing::warn!("node {}: {}", shared.node_name(), chain(&error));
@@ -85,8 +83,6 @@ struct Keeper<'a> {
     api: Api<Node>,
     /// What was posted last, without heartbeats, and when.
     posted: Option<(NodeStatus, Instant)>,
-    /// The pod network that the runtime has been told.
-    announced_cidr: Option<String>,
 }
 
 impl Keeper<'_> {
@@ -94,7 +90,6 @@ impl Keeper<'_> {
     async fn turn(&mut self) -> Result<bool> {
         let name = self.shared.node_name();
         let mut node = self.registered(&name).await?;
-        self.announce_pod_network(&node).await;
         let facts = facts::gather(self.shared, self.cri).await;
         self.outputs.runtime_version.send_if_modified(|known| {
             let changed = *known != facts.runtime.version;
@@ -127,32 +122,18 @@ impl Keeper<'_> {
         {
             return Ok(node);
         }
-        self.posted = None;
-        let wanted = register::node(&self.shared.config.borrow());
+        let mut wanted = register::node(&self.shared.config.borrow());
+        if self.posted.take().is_some() {
+            tracing::warn!("the Node object of {name} is gone from the API server: registering it again");
+            // Its pods still have addresses of the old network; a new one would cut them off.
+            register::keep_network(&mut wanted, self.outputs.node.borrow().as_deref());
+        }
         register::ensure(&self.api, wanted).await
     }
 
     async fn post(&self, name: &str, computed: &NodeStatus) -> Result<Node> {
         let patch = Patch::Strategic(status::patch(computed));
         within("update the node's status", self.api.patch_status(name, &PatchParams::default(), &patch)).await
-    }
-
-    /// The runtime gives pods their addresses, so it must know the range that the cluster gave this node.
-    async fn announce_pod_network(&mut self, node: &Node) {
-        let Some(cidr) = node.spec.as_ref().and_then(|spec| spec.pod_cidr.clone()) else { return };
-        if self.announced_cidr.as_ref() == Some(&cidr) && self.outputs.runtime_version.borrow().is_some() {
-            return;
-        }
-        match self.cri.set_pod_cidr(&cidr).await {
-            Ok(()) => {
-                tracing::info!("pods of this node get addresses of {cidr}");
-                self.announced_cidr = Some(cidr);
-            }
-            Err(error) => {
-                self.announced_cidr = None;
-                tracing::warn!("the runtime did not take the pod network: {error}");
-            }
-        }
     }
 
     fn publish(&self, node: Node) {

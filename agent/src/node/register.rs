@@ -33,6 +33,14 @@ pub(super) fn node(config: &AgentConfig) -> Node {
     }
 }
 
+/// Asks for the pod network that the node had before.
+pub(super) fn keep_network(wanted: &mut Node, before: Option<&Node>) {
+    let Some(before) = before.and_then(|node| node.spec.as_ref()) else { return };
+    let spec = wanted.spec.get_or_insert_default();
+    spec.pod_cidr.clone_from(&before.pod_cidr);
+    spec.pod_cidrs.clone_from(&before.pod_cidrs);
+}
+
 /// `key=value:Effect` or `key:Effect`; hostd has checked them.
 fn parse_taint(text: &str) -> Option<Taint> {
     let (key, effect) = text.rsplit_once(':')?;

@@ -1,6 +1,7 @@
 //! Waiting longer after each failure ◇: 10 s, doubled each time, at most 300 s; forgotten after 10 minutes of peace.
 //!
-//! The same rule serves container restarts and image pulls, as it does on every Kubernetes node.
+//! The same rule serves container restarts and image pulls, as it does on every Kubernetes node. What happened in the
+//! future happened before the clock was set back, and keeps nothing waiting.
 
 use jiff::{SignedDuration, Timestamp};
 use std::collections::HashMap;
@@ -25,7 +26,7 @@ impl Backoff {
     /// Until when to wait after what happened at `event`; `None`: no need. The first retry is always at once.
     pub fn until(&self, name: &str, event: Timestamp, now: Timestamp) -> Option<Timestamp> {
         let entry = self.entries.get(name)?;
-        if event.duration_since(entry.updated) > FORGET {
+        if event.duration_since(entry.updated) > FORGET || event > now || entry.updated > now {
             return None;
         }
         Some(event + entry.delay).filter(|until| *until > now)
@@ -33,7 +34,7 @@ impl Backoff {
 
     /// Until when to wait after the last try itself; `None`: no need.
     pub fn until_after_try(&self, name: &str, now: Timestamp) -> Option<Timestamp> {
-        let entry = self.entries.get(name)?;
+        let entry = self.entries.get(name).filter(|entry| entry.updated <= now)?;
         Some(entry.updated + entry.delay).filter(|until| *until > now)
     }
 
@@ -65,6 +66,17 @@ impl Backoff {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_clock_set_back_by_years_keeps_nothing_waiting() {
+        let (then, now) = (at(2_000_000_000), at(1_000_000_000));
+        let mut backoff = Backoff::default();
+        backoff.tried("a", then, then);
+        assert!(backoff.until("a", then, then).is_some() && backoff.until_after_try("a", then).is_some());
+        assert_eq!((backoff.until("a", then, now), backoff.until_after_try("a", now)), (None, None));
+        backoff.tried("a", now, now);
+        assert_eq!(backoff.until("a", now, now), Some(at(1_000_000_020)));
+    }
 
     fn at(second: i64) -> Timestamp {
         Timestamp::from_second(second).unwrap()

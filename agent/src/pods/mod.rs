@@ -93,28 +93,43 @@ async fn runtime_name(cri: &Cri) -> String {
     }
 }
 
-/// Tells the runtime the node's pod network, when it changes and now and then, for the runtime may have restarted.
+/// Tells the runtime the node's pod network, from which pods get their addresses: when it changes, and now and then,
+/// for the runtime may have restarted.
 async fn pod_network(
     cri: &Cri,
     mut node: tokio_watch::Receiver<Option<Arc<k8s_openapi::api::core::v1::Node>>>,
     mut stop: tokio_watch::Receiver<bool>,
 ) {
     const AGAIN: Duration = Duration::from_secs(30);
+    const AFTER_FAILURE: Duration = Duration::from_secs(3);
+    let of = |node: &Option<Arc<k8s_openapi::api::core::v1::Node>>| {
+        node.as_ref().and_then(|n| n.spec.as_ref()?.pod_cidr.clone())
+    };
+    let mut told: Option<String> = None;
     loop {
-        let cidr = node.borrow_and_update().as_ref().and_then(|n| n.spec.as_ref()?.pod_cidr.clone());
-        if let Some(cidr) = cidr
-            && let Err(error) = cri.set_pod_cidr(&cidr).await
-        {
-            tracing::warn!(%error, "the runtime does not take the pod network");
+        let wanted = of(&node.borrow_and_update());
+        let mut pause = AGAIN;
+        if let Some(cidr) = &wanted {
+            match cri.set_pod_cidr(cidr).await {
+                Ok(()) if told.as_ref() != Some(cidr) => {
+                    tracing::info!("pods of this node get addresses of {cidr}");
+                    told = wanted.clone();
+                }
+                Ok(()) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "the runtime does not take the pod network; trying again");
+                    pause = AFTER_FAILURE;
+                }
+            }
         }
         // Every arm is cancel-safe: nothing is taken by one that loses.
         tokio::select! {
-            changed = node.changed() => {
+            changed = node.wait_for(|node| of(node) != wanted) => {
                 if changed.is_err() {
                     return;
                 }
             }
-            () = tokio::time::sleep(AGAIN) => {}
+            () = tokio::time::sleep(pause) => {}
             _ = stop.wait_for(|stop| *stop) => return,
         }
     }

@@ -144,6 +144,15 @@ pub struct Memory {
     pub busy: BTreeSet<Target>,
 }
 
+impl Memory {
+    /// A clock that is set back makes waits longer: none is left longer than it can have been made, `start` for a
+    /// container and `sandbox` for a sandbox.
+    pub fn bound_waits(&mut self, start: Duration, sandbox: Duration, now: Timestamp) {
+        self.not_before.values_mut().for_each(|at| *at = (*at).min(now + start));
+        self.sandbox_not_before.iter_mut().for_each(|at| *at = (*at).min(now + sandbox));
+    }
+}
+
 /// The answer.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Plan {

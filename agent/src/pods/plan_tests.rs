@@ -270,3 +270,23 @@ proptest! {
         prop_assert!(!plan.stopped || seen.running().count() == 0);
     }
 }
+
+#[test]
+fn a_clock_set_back_by_years_stops_no_pod() {
+    let (then, now) = (at(2_000_000_000), at(1_000_000_000));
+    let wait = Duration::from_secs(300);
+    let desired = pod("{containers: [{name: a, image: i}]}");
+    let mut memory = Memory {
+        not_before: BTreeMap::from([("a".to_owned(), then)]),
+        sandbox_not_before: Some(then),
+        ..Memory::default()
+    };
+    memory.bound_waits(wait, wait, now);
+    assert_eq!(run(&desired, &Actual::default(), &memory, now).wake, Some(now + wait));
+    assert_eq!(run(&desired, &actual(vec![]), &memory, now).wake, Some(now + wait));
+    // What is waited for rightly stays as it is.
+    let soon = now + Duration::from_secs(1);
+    memory.not_before.insert("a".into(), soon);
+    memory.bound_waits(wait, wait, now);
+    assert_eq!(memory.not_before["a"], soon);
+}

@@ -9,7 +9,6 @@ use super::desired::{Container, Desired};
 use super::{dns, env, sandbox_config};
 use crate::events::{Severity, pod_reference};
 use crate::probes;
-use crate::volumes::objects;
 use atoll_cri::v1;
 use jiff::Timestamp;
 use std::os::unix::fs::PermissionsExt as _;
@@ -18,6 +17,8 @@ use std::time::{Duration, Instant};
 
 /// Wait after a failure that has no back-off of its own.
 const RETRY: Duration = Duration::from_secs(10);
+/// The longest wait after any failure: that of image pulls.
+pub const LONGEST: Duration = Duration::from_secs(300);
 /// Longest postStart hook; the API sets no limit.
 const POST_START: Duration = Duration::from_secs(3600);
 /// A container always gets this much between being asked and being killed.
@@ -144,7 +145,8 @@ async fn configure(
     let facts = ctx.facts(desired, &start.ips);
     let volumes = ctx.volumes.prepare(desired, &facts).await.map_err(|e| e.to_string())?;
     let (maps, secrets) = env::references(&container.spec);
-    let objects = objects::fetch(&ctx.shared.client, &desired.key.namespace, &maps, &secrets).await?;
+    let key = &desired.key;
+    let objects = ctx.volumes.objects.fetch(&key.namespace, &key.uid, &maps, &secrets).await?;
     let env = env::resolve(desired, &container.spec, &objects, &facts)?;
     let pod_dir = ctx.dirs.pod(&desired.key.uid);
     let hosts = pod_dir.join("etc-hosts");

@@ -10,7 +10,6 @@
 //! nobody's business here.
 
 use super::desired::PodKey;
-use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use kube::api::{Api, DeleteParams, Patch, PatchParams, Preconditions};
 use serde_json::{Value, json};
@@ -19,6 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 /// Requests at a time.
 const PARALLEL: usize = 8;
@@ -35,7 +35,8 @@ struct Entry {
     deleted: bool,
     under_way: bool,
     wait: Duration,
-    not_before: Timestamp,
+    /// By the steady clock: the other one may be set while a write waits.
+    not_before: Option<Instant>,
     /// Version of the object that holds our newest status.
     accepted: Option<u64>,
 }
@@ -51,9 +52,9 @@ impl Entry {
             && theirs.is_some_and(|theirs| essence(theirs) != essence(status))
     }
 
-    fn due(&self, now: Timestamp) -> bool {
+    fn due(&self, now: Instant) -> bool {
         let work = self.version > self.posted || (self.finished && !self.deleted);
-        work && !self.under_way && self.not_before <= now
+        work && !self.under_way && self.not_before.is_none_or(|at| at <= now)
     }
 }
 
@@ -102,7 +103,7 @@ impl Statuses {
             deleted: false,
             under_way: false,
             wait: FIRST_WAIT,
-            not_before: Timestamp::UNIX_EPOCH,
+            not_before: None,
             accepted: object_version(pod),
         });
         entry.finished |= finished;
@@ -114,9 +115,7 @@ impl Statuses {
         } else if !first && !finished {
             return;
         }
-        let all: Vec<_> = state.entries.values().map(|e| e.pod.clone()).collect();
-        drop(state);
-        self.shown.send_replace(all);
+        self.show(&state);
         self.wake.notify_one();
     }
 
@@ -124,9 +123,12 @@ impl Statuses {
     pub fn forget(&self, uid: &str) {
         let mut state = self.lock();
         state.entries.remove(uid);
-        let all: Vec<_> = state.entries.values().map(|e| e.pod.clone()).collect();
-        drop(state);
-        self.shown.send_replace(all);
+        self.show(&state);
+    }
+
+    /// Called with the lock held: of two lists made at once, the older one must not be shown last.
+    fn show(&self, state: &State) {
+        self.shown.send_replace(state.entries.values().map(|e| e.pod.clone()).collect());
     }
 
     /// Writes until `stop` changes to `true`, and then what is left for at most a few seconds.
@@ -134,9 +136,7 @@ impl Statuses {
         let mut requests = JoinSet::new();
         loop {
             let next = self.start_due(&mut requests);
-            let wait = next.map_or(LONGEST_WAIT, |n| {
-                Duration::try_from(n.duration_since(Timestamp::now())).unwrap_or_default()
-            });
+            let wait = next.map_or(LONGEST_WAIT, |at| at.saturating_duration_since(Instant::now()));
             // Every arm is cancel-safe: none of them has taken anything when another one wins.
             tokio::select! {
                 Some(done) = requests.join_next() => {
@@ -158,8 +158,8 @@ impl Statuses {
     }
 
     /// Starts what is due; answers when the next one is.
-    fn start_due(&self, requests: &mut JoinSet<(String, u64, Posted)>) -> Option<Timestamp> {
-        let now = Timestamp::now();
+    fn start_due(&self, requests: &mut JoinSet<(String, u64, Posted)>) -> Option<Instant> {
+        let now = Instant::now();
         let mut state = self.lock();
         for (uid, entry) in &mut state.entries {
             if requests.len() >= PARALLEL {
@@ -178,11 +178,15 @@ impl Statuses {
                 (uid, version, posted.unwrap_or_else(|_| Posted::Failed("no answer".into())))
             });
         }
+        if requests.len() >= PARALLEL {
+            // Whatever is due has to wait for one of these to end; waking at its time would be waking without end.
+            return None;
+        }
         let waiting = state
             .entries
             .values()
             .filter(|e| !e.under_way && (e.version > e.posted || (e.finished && !e.deleted)));
-        waiting.map(|e| e.not_before).min()
+        waiting.map(|e| e.not_before.unwrap_or(now)).min()
     }
 
     fn note(&self, uid: &str, version: u64, posted: Posted) {
@@ -193,7 +197,7 @@ impl Statuses {
             Posted::Accepted(_) | Posted::Deleted | Posted::Gone => {
                 entry.posted = version;
                 entry.wait = FIRST_WAIT;
-                entry.not_before = Timestamp::UNIX_EPOCH;
+                entry.not_before = None;
                 match posted {
                     Posted::Accepted(version) => entry.accepted = version.or(entry.accepted),
                     _ => entry.deleted = true,
@@ -201,7 +205,7 @@ impl Statuses {
             }
             Posted::Failed(why) => {
                 tracing::warn!(pod = %entry.key, why, "cannot write the pod's status; trying again");
-                entry.not_before = Timestamp::now() + entry.wait;
+                entry.not_before = Some(Instant::now() + entry.wait);
                 entry.wait = (entry.wait * 2).min(LONGEST_WAIT);
             }
         }
@@ -298,9 +302,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_others_wrote_over_is_written_again() {
-        let config = kube::Config::new("http://127.0.0.1:9".parse().unwrap());
-        let client = kube::Client::try_from(config).unwrap();
-        let statuses = Statuses::new(client, watch::channel(Vec::new()).0);
+        let statuses = offline();
         let ready = |status: &str| PodStatus {
             conditions: Some(vec![PodCondition {
                 type_: "Ready".into(),
@@ -325,6 +327,60 @@ mod tests {
         assert_eq!(version(), 1);
         statuses.set(&key, &object("8", "False"), ready("True"), false);
         assert_eq!(version(), 2);
+    }
+
+    fn offline() -> Statuses {
+        let config = kube::Config::new("http://127.0.0.1:9".parse().unwrap());
+        let client = kube::Client::try_from(config).unwrap();
+        Statuses::new(client, watch::channel(Vec::new()).0)
+    }
+
+    fn named(name: &str) -> (PodKey, Arc<Pod>) {
+        let key = PodKey { namespace: "ns".into(), name: name.into(), uid: format!("uid-{name}") };
+        let mut pod = Pod::default();
+        pod.metadata.name = Some(name.into());
+        (key, Arc::new(pod))
+    }
+
+    /// A list that was made earlier and shown later hid a pod: `kubectl logs` of a running pod said NotFound.
+    #[tokio::test]
+    async fn pods_whose_status_changes_at_the_same_time_are_all_shown() {
+        const THREADS: usize = 4;
+        let statuses = offline();
+        let (begin, end) = (std::sync::Barrier::new(THREADS), std::sync::Barrier::new(THREADS));
+        let missed = std::sync::atomic::AtomicUsize::new(0);
+        let work = |n: usize| {
+            let (key, pod) = named(&n.to_string());
+            for round in 0..3000 {
+                let status = PodStatus { phase: Some(round.to_string()), ..PodStatus::default() };
+                begin.wait();
+                statuses.set(&key, &pod, status.clone(), false);
+                end.wait();
+                let shown = statuses.shown.borrow().clone();
+                let newest = shown.iter().filter(|pod| pod.status.as_ref() == Some(&status)).count();
+                missed.fetch_add(THREADS - newest, std::sync::atomic::Ordering::Relaxed);
+            }
+        };
+        std::thread::scope(|scope| {
+            for n in 0..THREADS {
+                let work = &work;
+                scope.spawn(move || work(n));
+            }
+        });
+        assert_eq!(missed.into_inner(), 0);
+    }
+
+    #[tokio::test]
+    async fn with_every_request_under_way_nothing_is_woken_by_the_clock() {
+        let statuses = offline();
+        for n in 0..=PARALLEL {
+            let (key, pod) = named(&n.to_string());
+            let status = PodStatus { phase: Some("Running".into()), ..PodStatus::default() };
+            statuses.set(&key, &pod, status, false);
+        }
+        let mut requests = JoinSet::new();
+        assert_eq!(statuses.start_due(&mut requests), None);
+        assert_eq!(requests.len(), PARALLEL);
     }
 
     #[test]

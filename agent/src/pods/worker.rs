@@ -26,11 +26,13 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1 as api;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::task::{AbortHandle, JoinSet};
 
-/// Looks at the runtime this often though nothing happened, and brings volumes up to date.
+/// Brings volumes up to date this often though nothing happened.
 const RESYNC: Duration = Duration::from_secs(60);
+/// And looks at the runtime this often: what changed there is told by `runtime_events`.
+const LOOK: Duration = Duration::from_secs(600);
 /// Waits between failed looks and failed actions.
 const RETRY: Duration = Duration::from_secs(3);
 /// Waits between failed sandboxes, doubled each time.
@@ -59,6 +61,8 @@ pub struct Worker {
     desired: Arc<Desired>,
     removed: bool,
     observer: Observer,
+    /// What was seen last, and when.
+    seen: Option<(Actual, Instant)>,
     memory: Memory,
     probers: Probers,
     tasks: JoinSet<Done>,
@@ -89,6 +93,7 @@ impl Worker {
             desired,
             removed: false,
             observer: Observer::default(),
+            seen: None,
             memory: Memory::default(),
             probers,
             tasks: JoinSet::new(),
@@ -109,22 +114,26 @@ impl Worker {
 
     /// Runs until the pod is gone from the API server and from this node. Dropping it stops nothing that runs.
     pub async fn run(mut self) {
+        let mut asleep = false;
         loop {
             self.read_mail();
             if self.finished && self.removed {
                 self.ctx.statuses.forget(&self.desired.key.uid);
                 return;
             }
-            let next = if self.finished { None } else { self.step().await };
+            let next = if self.finished { None } else { self.step(asleep).await };
             let wait = next.map_or(RESYNC, |at| {
                 Duration::try_from(at.duration_since(Timestamp::now())).unwrap_or_default()
             });
             // Every arm is cancel-safe: a wake-up that is not taken stays.
-            tokio::select! {
-                () = self.mail.wake.notified() => {}
-                Some(done) = self.tasks.join_next_with_id() => self.note(done),
-                () = tokio::time::sleep(wait.min(RESYNC)) => {}
-            }
+            asleep = tokio::select! {
+                () = self.mail.wake.notified() => false,
+                Some(done) = self.tasks.join_next_with_id() => {
+                    self.note(done);
+                    false
+                }
+                () = tokio::time::sleep(wait.min(RESYNC)) => wait >= RESYNC,
+            };
         }
     }
 
@@ -136,13 +145,19 @@ impl Worker {
         }
     }
 
-    /// One round; answers when the next one is due at the latest.
-    async fn step(&mut self) -> Option<Timestamp> {
+    /// One round; answers when the next one is due at the latest. `asleep`: nothing happened since the last one.
+    async fn step(&mut self, asleep: bool) -> Option<Timestamp> {
         let now = Timestamp::now();
+        self.bound_waits(now);
         self.cool_down(now);
         let uid = self.desired.key.uid.clone();
-        let mut actual = match self.observer.look(&self.ctx.cri, &uid).await {
-            Ok(actual) => actual,
+        let known = self.seen.take().filter(|(_, at)| asleep && at.elapsed() < LOOK);
+        let looked = match known {
+            Some(known) => Ok(known),
+            None => self.observer.look(&self.ctx.cri, &uid).await.map(|actual| (actual, Instant::now())),
+        };
+        let mut actual = match looked {
+            Ok(looked) => self.seen.insert(looked).0.clone(),
             Err(error) => {
                 tracing::warn!(pod = %self.desired.key, %error, "cannot see what runs");
                 return Some(now + RETRY);
@@ -167,6 +182,16 @@ impl Worker {
         self.publish(&actual, &plan, now).await;
         let cooled = self.cooling.iter().map(|(_, until)| *until).min();
         [plan.wake, self.deadline_at(), cooled, self.teardown_at].into_iter().flatten().min()
+    }
+
+    /// A clock that is set back makes waits longer: none is left longer than it can have been made.
+    fn bound_waits(&mut self, now: Timestamp) {
+        self.memory.bound_waits(start::LONGEST, SANDBOX_LONGEST, now);
+        let bound = |at: &mut Timestamp, most: Duration| *at = (*at).min(now + most);
+        self.cooling.iter_mut().for_each(|(_, at)| bound(at, RETRY));
+        self.teardown_at.iter_mut().for_each(|at| bound(at, RETRY));
+        let grace = self.desired.grace.max(self.desired.deleted.unwrap_or_default());
+        self.ending.iter_mut().for_each(|stop| bound(&mut stop.deadline, grace));
     }
 
     fn cool_down(&mut self, now: Timestamp) {

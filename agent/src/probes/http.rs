@@ -1,16 +1,14 @@
 //! A GET for probes and hooks. Over TLS the certificate is not checked, as the API says: a probe asks whether the
 //! container answers, not who it is.
 
-use bytes::Bytes;
+use crate::exchange::{Body, Proof, any_certificate, exchange};
 use http::header::{ACCEPT, CONNECTION, HOST, HeaderName, USER_AGENT};
-use http_body_util::Empty;
-use hyper_util::rt::TokioIo;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{DigitallySignedStruct, Error, SignatureScheme};
+use http_body_util::Full;
+use rustls_pki_types::ServerName;
 use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
 
 const AGENT: &str = "kube-probe/1.37";
 
@@ -42,7 +40,9 @@ impl Request<'_> {
             return self.exchange(stream).await;
         }
         let name = ServerName::try_from(self.host.to_owned()).map_err(|e| e.to_string())?;
-        let stream = connector()?.connect(name, stream).await.map_err(|e| e.to_string())?;
+        let config = any_certificate(Proof::Nothing).map_err(|e| e.to_string())?;
+        let connector = TlsConnector::from(Arc::new(config));
+        let stream = connector.connect(name, stream).await.map_err(|e| e.to_string())?;
         self.exchange(stream).await
     }
 
@@ -50,8 +50,7 @@ impl Request<'_> {
         &self,
         stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
     ) -> Result<u16, String> {
-        let mut request =
-            http::Request::get(self.path).body(Empty::<Bytes>::new()).map_err(|e| e.to_string())?;
+        let mut request = http::Request::get(self.path).body(Full::default()).map_err(|e| e.to_string())?;
         let headers = request.headers_mut();
         let authority = format!("{}:{}", self.host, self.port);
         let ours = [(HOST, authority.as_str()), (USER_AGENT, AGENT), (ACCEPT, "*/*"), (CONNECTION, "close")];
@@ -60,64 +59,8 @@ impl Request<'_> {
         for (name, value) in ours.into_iter().chain(theirs) {
             headers.insert(name, value.parse().map_err(|_| format!("header value '{value}' is not one"))?);
         }
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| e.to_string())?;
-        let mut response = std::pin::pin!(sender.send_request(request));
-        // The connection is driven here, so that it ends with this call. It may end before its answer is looked at.
-        let response = tokio::select! {
-            response = &mut response => response,
-            _ = connection => response.await,
-        };
-        response.map(|r| r.status().as_u16()).map_err(|e| e.to_string())
-    }
-}
-
-fn connector() -> Result<tokio_rustls::TlsConnector, String> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = rustls::ClientConfig::builder_with_provider(provider.clone())
-        .with_safe_default_protocol_versions()
-        .map_err(|e| e.to_string())?
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Unchecked(provider)))
-        .with_no_client_auth();
-    Ok(Arc::new(config).into())
-}
-
-#[derive(Debug)]
-struct Unchecked(Arc<rustls::crypto::CryptoProvider>);
-
-impl ServerCertVerifier for Unchecked {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
+        let answer = exchange(stream, request, Body::Ignored).await.map_err(|e| e.to_string())?;
+        Ok(answer.status.as_u16())
     }
 }
 

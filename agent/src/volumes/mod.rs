@@ -56,7 +56,8 @@ pub type Places = BTreeMap<String, (PathBuf, bool)>;
 
 /// Makes and unmakes volumes.
 pub struct Volumes {
-    client: kube::Client,
+    /// ConfigMaps and Secrets; for environments too.
+    pub objects: objects::Reader,
     dirs: Directories,
     tokens: token::Tokens,
 }
@@ -64,7 +65,7 @@ pub struct Volumes {
 impl Volumes {
     /// Volumes below `dirs.pods`.
     pub fn new(client: kube::Client, dirs: Directories) -> Self {
-        Self { tokens: token::Tokens::new(client.clone()), client, dirs }
+        Self { tokens: token::Tokens::new(client.clone()), objects: objects::Reader::new(client), dirs }
     }
 
     /// Makes every volume of a pod ready, or brings it up to date.
@@ -103,10 +104,12 @@ impl Volumes {
         let name = volume.name.clone();
         let wrong = |reason| VolumeError::Content { volume: name.clone(), reason };
         let wanted = content::needs(volume);
-        let objects =
-            objects::fetch(&self.client, &desired.key.namespace, &wanted.config_maps, &wanted.secrets)
-                .await
-                .map_err(&wrong)?;
+        let key = &desired.key;
+        let objects = self
+            .objects
+            .fetch(&key.namespace, &key.uid, &wanted.config_maps, &wanted.secrets)
+            .await
+            .map_err(&wrong)?;
         let mut tokens = Vec::new();
         for source in &wanted.tokens {
             tokens.push(self.tokens.get(desired, &name, source).await.map_err(&wrong)?);
@@ -127,6 +130,7 @@ impl Volumes {
     /// When the directory cannot be removed.
     pub async fn teardown(&self, uid: &str) -> std::io::Result<()> {
         self.tokens.forget(uid);
+        self.objects.forget(uid);
         match tokio::fs::remove_dir_all(self.dirs.pod(uid)).await {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),

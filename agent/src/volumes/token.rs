@@ -1,6 +1,7 @@
 //! Service-account tokens bound to a pod: asked for once, replaced when four fifths of their life are over.
 
 use super::objects::short;
+use crate::error::is_away;
 use crate::pods::desired::Desired;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
@@ -19,7 +20,22 @@ const LONGEST: SignedDuration = SignedDuration::from_hours(24);
 #[derive(Clone)]
 struct Token {
     value: String,
+    asked: Timestamp,
     replace_at: Timestamp,
+}
+
+impl Token {
+    /// A clock that was set back would keep it for ever.
+    fn is_fresh(&self, now: Timestamp) -> bool {
+        self.asked <= now && now < self.replace_at
+    }
+}
+
+/// Why there is no token.
+struct Failed {
+    why: String,
+    /// The API server cannot be asked now.
+    away: bool,
 }
 
 /// Uid of the pod, volume, path in it.
@@ -49,10 +65,15 @@ impl Tokens {
     ) -> Result<String, String> {
         let key = (desired.key.uid.clone(), volume.to_owned(), source.path.clone());
         let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
-        if let Some(token) = kept.filter(|t| t.replace_at > Timestamp::now()) {
-            return Ok(token.value);
+        if let Some(token) = kept.as_ref().filter(|token| token.is_fresh(Timestamp::now())) {
+            return Ok(token.value.clone());
         }
-        let token = self.request(desired, source).await?;
+        let token = match (self.request(desired, source).await, kept) {
+            (Ok(token), _) => token,
+            // The old one is good for some time yet, and of use to nobody while the API server is away.
+            (Err(error), Some(old)) if error.away => return Ok(old.value),
+            (Err(error), _) => return Err(error.why),
+        };
         let value = token.value.clone();
         self.kept.lock().unwrap_or_else(PoisonError::into_inner).insert(key, token);
         Ok(value)
@@ -67,7 +88,7 @@ impl Tokens {
         &self,
         desired: &Desired,
         source: &ServiceAccountTokenProjection,
-    ) -> Result<Token, String> {
+    ) -> Result<Token, Failed> {
         let account =
             desired.spec().service_account_name.as_deref().filter(|n| !n.is_empty()).unwrap_or("default");
         let body = TokenRequest {
@@ -84,19 +105,37 @@ impl Tokens {
             }),
             ..Default::default()
         };
-        let failed = |why: String| format!("failed to fetch token: {why}");
+        let failed = |why: String| Failed { why: format!("failed to fetch token: {why}"), away: false };
         let accounts: Api<ServiceAccount> = Api::namespaced(self.client.clone(), &desired.key.namespace);
         let params = PostParams::default();
         let asked = Timestamp::now();
         let answer = tokio::time::timeout(REQUEST, accounts.create_token_request(account, &params, &body))
             .await
-            .map_err(|_| failed(format!("no answer within {} s", REQUEST.as_secs())))?
-            .map_err(|error| failed(short(&error)))?;
+            .map_err(|_| Failed {
+                away: true,
+                ..failed(format!("no answer within {} s", REQUEST.as_secs()))
+            })?
+            .map_err(|error| Failed { away: is_away(&error), ..failed(short(&error)) })?;
         let status = answer.status.ok_or_else(|| failed("the answer holds none".into()))?;
         let (Some(value), Some(expires)) = (status.token, status.expiration_timestamp) else {
             return Err(failed("the answer holds none".into()));
         };
         let life = expires.0.duration_since(asked).min(LONGEST);
-        Ok(Token { value, replace_at: asked + life * 4 / 5 })
+        Ok(Token { value, asked, replace_at: asked + life * 4 / 5 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_set_back_or_forth_keeps_no_token_too_long() {
+        let at = |second| Timestamp::from_second(second).unwrap();
+        let token = Token { value: String::new(), asked: at(1_000_000), replace_at: at(1_002_880) };
+        assert!(token.is_fresh(at(1_000_000)) && token.is_fresh(at(1_002_879)));
+        assert!(
+            !token.is_fresh(at(1_002_880)) && !token.is_fresh(at(2_000_000)) && !token.is_fresh(at(1_000))
+        );
     }
 }

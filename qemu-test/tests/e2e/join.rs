@@ -3,6 +3,7 @@
 use crate::shared::lab;
 use atoll_qemu_test::artifacts::Profile;
 use atoll_qemu_test::machine::Machine;
+use atoll_qemu_test::process::wait_for;
 use std::time::Duration;
 
 const INDEX: usize = 2;
@@ -63,5 +64,41 @@ fn wrong_ca_pin_is_refused() -> anyhow::Result<()> {
         },
         "cannot join",
         &["pin"],
+    )
+}
+
+/// A config with this token instead of its own.
+fn with_token(config: &str, token: &str) -> String {
+    replace_after(config, "token: ", token)
+}
+
+#[test]
+fn expired_token_is_named() -> anyhow::Result<()> {
+    let supervisor = &lab().1.supervisor;
+    let token = supervisor.create_token("1s")?;
+    let id = token.split('.').next().unwrap_or_default().to_owned();
+    // From then on nobody signs with it.
+    let secret = format!("bootstrap-token-{id}");
+    wait_for("the expired token to be cleaned up", LINE, || {
+        let found = ["get", "secret", "-n", "kube-system", &secret, "--ignore-not-found", "-o", "name"];
+        Ok(supervisor.kubectl_ok(&found)?.is_empty().then_some(()))
+    })?;
+    console_says(
+        |config| with_token(config, &token),
+        "cannot join",
+        &["does not know the token", &id, "expired", "make a new token"],
+    )
+}
+
+#[test]
+fn revoked_token_is_named() -> anyhow::Result<()> {
+    let supervisor = &lab().1.supervisor;
+    let token = supervisor.create_token("1h")?;
+    supervisor.delete_token(&token)?;
+    let id = token.split('.').next().unwrap_or_default();
+    console_says(
+        |config| with_token(config, &token),
+        "cannot join",
+        &["does not know the token", id, "was deleted", "make a new token"],
     )
 }

@@ -5,6 +5,7 @@
 
 mod boot;
 mod containers;
+mod control_plane;
 mod cri;
 mod host_config;
 mod host_disks;

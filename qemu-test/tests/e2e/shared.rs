@@ -20,6 +20,7 @@ pub fn long() -> bool {
 
 /// The lab without a host: for tests that boot their own.
 pub fn lab() -> &'static (Artifacts, Lab) {
+    crate::control_plane::needed();
     static LAB: OnceLock<Result<(Artifacts, Lab), String>> = OnceLock::new();
     let lab = LAB.get_or_init(|| {
         let start = || {

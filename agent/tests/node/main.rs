@@ -1,0 +1,12 @@
+//! The real agent, as a process, between a scripted control plane and a pretend container runtime: what it does when
+//! either of them misbehaves, goes away and comes back.
+//!
+//! Tier 2: no network beyond loopback, no fixed waits, seconds each.
+
+mod away;
+mod callers;
+mod cluster;
+mod host;
+mod idle;
+mod joining;
+mod runtime;

@@ -1,0 +1,499 @@
+//! A pretend container runtime behind a real CRI socket: sandboxes and containers are entries in a table, every call is
+//! counted, and it outlives the agents of a test.
+
+use atoll_cri::v1::*;
+use atoll_cri::{ImageService, ImageServiceServer, RuntimeService, RuntimeServiceServer};
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
+use tokio::sync::broadcast;
+use tokio_stream::Stream;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::{Request, Response, Status};
+
+#[derive(Default)]
+struct Table {
+    ids: u32,
+    sandboxes: BTreeMap<String, Sandbox>,
+    containers: BTreeMap<String, Made>,
+    calls: Vec<(Instant, &'static str)>,
+    pod_cidr: String,
+}
+
+#[derive(Clone)]
+struct Sandbox {
+    config: PodSandboxConfig,
+    ready: bool,
+    created: i64,
+    ip: String,
+}
+
+#[derive(Clone)]
+struct Made {
+    sandbox: String,
+    config: ContainerConfig,
+    state: ContainerState,
+    created: i64,
+    started: i64,
+    finished: i64,
+    exit_code: i32,
+    log: String,
+}
+
+/// Whether it tells its events, as the real one does, or has to be asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Events {
+    Told,
+    Unimplemented,
+}
+
+#[derive(Clone)]
+pub struct Runtime {
+    table: Arc<Mutex<Table>>,
+    events: broadcast::Sender<ContainerEventResponse>,
+    tells: Events,
+}
+
+fn now() -> i64 {
+    i64::try_from(jiff::Timestamp::now().as_nanosecond()).expect("before the year 2262")
+}
+
+impl Runtime {
+    /// Serves on a socket.
+    pub fn start(socket: &Path, tells: Events) -> Self {
+        let runtime = Self { table: Arc::default(), events: broadcast::channel(256).0, tells };
+        let listener = tokio::net::UnixListener::bind(socket).expect("a socket");
+        let served = tonic::transport::Server::builder()
+            .add_service(RuntimeServiceServer::new(runtime.clone()))
+            .add_service(ImageServiceServer::new(runtime.clone()))
+            .serve_with_incoming(UnixListenerStream::new(listener));
+        tokio::spawn(served);
+        runtime
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().expect("no test panics with the lock held")
+    }
+
+    fn called(&self, call: &'static str) -> MutexGuard<'_, Table> {
+        let mut table = self.table();
+        table.calls.push((Instant::now(), call));
+        table
+    }
+
+    /// Calls since `from`, by name.
+    pub fn calls_since(&self, from: Instant) -> BTreeMap<&'static str, usize> {
+        let mut counts = BTreeMap::new();
+        for (_, call) in self.table().calls.iter().filter(|(at, _)| *at >= from) {
+            *counts.entry(*call).or_default() += 1;
+        }
+        counts
+    }
+
+    pub fn count(&self, from: Instant, call: &str) -> usize {
+        self.calls_since(from).get(call).copied().unwrap_or_default()
+    }
+
+    /// Ids of the containers that run in pods of this name.
+    pub fn running(&self, pod: &str) -> Vec<String> {
+        let table = self.table();
+        let of = |made: &Made| {
+            let sandbox = table.sandboxes.get(&made.sandbox);
+            let name = sandbox.and_then(|s| s.config.metadata.as_ref()).map(|m| m.name.as_str());
+            made.state == ContainerState::ContainerRunning && name == Some(pod)
+        };
+        table.containers.iter().filter(|(_, made)| of(made)).map(|(id, _)| id.clone()).collect()
+    }
+
+    /// Uids of the pods that have a sandbox.
+    pub fn pods(&self) -> Vec<String> {
+        let uid = |s: &Sandbox| s.config.metadata.as_ref().map(|m| m.uid.clone()).unwrap_or_default();
+        self.table().sandboxes.values().map(uid).collect()
+    }
+
+    pub fn pod_cidr(&self) -> String {
+        self.table().pod_cidr.clone()
+    }
+
+    /// Log of a container, on this machine.
+    pub fn log(&self, id: &str) -> String {
+        self.table().containers[id].log.clone()
+    }
+
+    /// The container ends by itself.
+    pub fn exit(&self, id: &str, code: i32) {
+        let mut table = self.table();
+        let made = table.containers.get_mut(id).expect("a container");
+        (made.state, made.exit_code, made.finished) = (ContainerState::ContainerExited, code, now());
+        let sandbox = made.sandbox.clone();
+        self.tell(&table, id, &sandbox, ContainerEventType::ContainerStoppedEvent);
+    }
+
+    /// As when the host loses its power: nothing runs any more, the table is still there.
+    pub fn lose_power(&self) {
+        let mut table = self.table();
+        table.sandboxes.values_mut().for_each(|sandbox| sandbox.ready = false);
+        for made in table.containers.values_mut().filter(|m| m.state == ContainerState::ContainerRunning) {
+            (made.state, made.exit_code, made.finished) = (ContainerState::ContainerExited, 255, now());
+        }
+    }
+
+    fn tell(&self, table: &Table, id: &str, sandbox: &str, kind: ContainerEventType) {
+        let status = table.sandboxes.get(sandbox).map(|s| sandbox_status(sandbox, s));
+        let event = ContainerEventResponse {
+            container_id: id.into(),
+            container_event_type: kind.into(),
+            created_at: now(),
+            pod_sandbox_status: status,
+            containers_statuses: Vec::new(),
+        };
+        // An error says that nobody listens.
+        let _ = self.events.send(event);
+    }
+}
+
+fn sandbox_state(ready: bool) -> i32 {
+    if ready { PodSandboxState::SandboxReady.into() } else { PodSandboxState::SandboxNotready.into() }
+}
+
+fn sandbox_status(id: &str, sandbox: &Sandbox) -> PodSandboxStatus {
+    PodSandboxStatus {
+        id: id.into(),
+        metadata: sandbox.config.metadata.clone(),
+        state: sandbox_state(sandbox.ready),
+        created_at: sandbox.created,
+        network: Some(PodSandboxNetworkStatus { ip: sandbox.ip.clone(), additional_ips: Vec::new() }),
+        labels: sandbox.config.labels.clone(),
+        annotations: sandbox.config.annotations.clone(),
+        ..Default::default()
+    }
+}
+
+fn fits(labels: &HashMap<String, String>, selector: &HashMap<String, String>) -> bool {
+    selector.iter().all(|(key, value)| labels.get(key) == Some(value))
+}
+
+type Answer<T> = Result<Response<T>, Status>;
+type Told<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+macro_rules! not_here {
+    ($($name:ident($request:ty) -> $answer:ty;)*) => {$(
+        fn $name<'a, 'b>(
+            &'a self,
+            _: Request<$request>,
+        ) -> Pin<Box<dyn Future<Output = Answer<$answer>> + Send + 'b>>
+        where
+            'a: 'b,
+            Self: 'b,
+        {
+            Box::pin(async { Err(Status::unimplemented(stringify!($name))) })
+        }
+    )*};
+}
+
+#[tonic::async_trait]
+impl RuntimeService for Runtime {
+    type StreamPodSandboxesStream = Told<StreamPodSandboxesResponse>;
+    type StreamContainersStream = Told<StreamContainersResponse>;
+    type StreamContainerStatsStream = Told<StreamContainerStatsResponse>;
+    type StreamPodSandboxStatsStream = Told<StreamPodSandboxStatsResponse>;
+    type StreamPodSandboxMetricsStream = Told<StreamPodSandboxMetricsResponse>;
+    type GetContainerEventsStream = Told<ContainerEventResponse>;
+
+    async fn version(&self, _: Request<VersionRequest>) -> Answer<VersionResponse> {
+        drop(self.called("Version"));
+        Ok(Response::new(VersionResponse {
+            version: "0.1.0".into(),
+            runtime_name: "pretend".into(),
+            runtime_version: "1.0".into(),
+            runtime_api_version: "v1".into(),
+        }))
+    }
+
+    async fn status(&self, _: Request<StatusRequest>) -> Answer<StatusResponse> {
+        drop(self.called("Status"));
+        let condition = |name: &str| RuntimeCondition {
+            r#type: name.into(),
+            status: true,
+            reason: String::new(),
+            message: String::new(),
+        };
+        let conditions = vec![condition("RuntimeReady"), condition("NetworkReady")];
+        Ok(Response::new(StatusResponse { status: Some(RuntimeStatus { conditions }), ..Default::default() }))
+    }
+
+    async fn run_pod_sandbox(&self, request: Request<RunPodSandboxRequest>) -> Answer<RunPodSandboxResponse> {
+        let mut table = self.called("RunPodSandbox");
+        let config = request.into_inner().config.unwrap_or_default();
+        table.ids += 1;
+        let id = format!("sandbox-{}", table.ids);
+        let ip = format!("10.244.7.{}", table.ids % 250 + 1);
+        table.sandboxes.insert(id.clone(), Sandbox { config, ready: true, created: now(), ip });
+        self.tell(&table, &id, &id, ContainerEventType::ContainerStartedEvent);
+        Ok(Response::new(RunPodSandboxResponse { pod_sandbox_id: id }))
+    }
+
+    async fn stop_pod_sandbox(
+        &self,
+        request: Request<StopPodSandboxRequest>,
+    ) -> Answer<StopPodSandboxResponse> {
+        let mut table = self.called("StopPodSandbox");
+        let id = request.into_inner().pod_sandbox_id;
+        if let Some(sandbox) = table.sandboxes.get_mut(&id) {
+            sandbox.ready = false;
+        }
+        self.tell(&table, &id, &id, ContainerEventType::ContainerStoppedEvent);
+        Ok(Response::new(StopPodSandboxResponse {}))
+    }
+
+    async fn remove_pod_sandbox(
+        &self,
+        request: Request<RemovePodSandboxRequest>,
+    ) -> Answer<RemovePodSandboxResponse> {
+        let mut table = self.called("RemovePodSandbox");
+        let id = request.into_inner().pod_sandbox_id;
+        self.tell(&table, &id, &id, ContainerEventType::ContainerDeletedEvent);
+        table.sandboxes.remove(&id);
+        table.containers.retain(|_, made| made.sandbox != id);
+        Ok(Response::new(RemovePodSandboxResponse {}))
+    }
+
+    async fn pod_sandbox_status(
+        &self,
+        request: Request<PodSandboxStatusRequest>,
+    ) -> Answer<PodSandboxStatusResponse> {
+        let table = self.called("PodSandboxStatus");
+        let id = request.into_inner().pod_sandbox_id;
+        let sandbox = table.sandboxes.get(&id).ok_or_else(|| Status::not_found("no such sandbox"))?;
+        let status = Some(sandbox_status(&id, sandbox));
+        Ok(Response::new(PodSandboxStatusResponse { status, ..Default::default() }))
+    }
+
+    async fn list_pod_sandbox(
+        &self,
+        request: Request<ListPodSandboxRequest>,
+    ) -> Answer<ListPodSandboxResponse> {
+        let table = self.called("ListPodSandbox");
+        let selector = request.into_inner().filter.unwrap_or_default().label_selector;
+        let listed = table.sandboxes.iter().filter(|(_, s)| fits(&s.config.labels, &selector));
+        let items = listed.map(|(id, sandbox)| PodSandbox {
+            id: id.clone(),
+            metadata: sandbox.config.metadata.clone(),
+            state: sandbox_state(sandbox.ready),
+            created_at: sandbox.created,
+            labels: sandbox.config.labels.clone(),
+            annotations: sandbox.config.annotations.clone(),
+            runtime_handler: String::new(),
+        });
+        Ok(Response::new(ListPodSandboxResponse { items: items.collect() }))
+    }
+
+    async fn create_container(
+        &self,
+        request: Request<CreateContainerRequest>,
+    ) -> Answer<CreateContainerResponse> {
+        let mut table = self.called("CreateContainer");
+        let request = request.into_inner();
+        let config = request.config.unwrap_or_default();
+        let directory = request.sandbox_config.unwrap_or_default().log_directory;
+        table.ids += 1;
+        let id = format!("container-{}", table.ids);
+        let made = Made {
+            sandbox: request.pod_sandbox_id.clone(),
+            log: Path::new(&directory).join(&config.log_path).display().to_string(),
+            config,
+            state: ContainerState::ContainerCreated,
+            created: now(),
+            started: 0,
+            finished: 0,
+            exit_code: 0,
+        };
+        table.containers.insert(id.clone(), made);
+        self.tell(&table, &id, &request.pod_sandbox_id, ContainerEventType::ContainerCreatedEvent);
+        Ok(Response::new(CreateContainerResponse { container_id: id }))
+    }
+
+    async fn start_container(
+        &self,
+        request: Request<StartContainerRequest>,
+    ) -> Answer<StartContainerResponse> {
+        let mut table = self.called("StartContainer");
+        let id = request.into_inner().container_id;
+        let made = table.containers.get_mut(&id).ok_or_else(|| Status::not_found("no such container"))?;
+        (made.state, made.started) = (ContainerState::ContainerRunning, now());
+        let line = format!("{} stdout F hello from {id}\n", jiff::Timestamp::now());
+        std::fs::write(&made.log, line).map_err(|error| Status::internal(error.to_string()))?;
+        let sandbox = made.sandbox.clone();
+        self.tell(&table, &id, &sandbox, ContainerEventType::ContainerStartedEvent);
+        Ok(Response::new(StartContainerResponse {}))
+    }
+
+    async fn stop_container(&self, request: Request<StopContainerRequest>) -> Answer<StopContainerResponse> {
+        drop(self.called("StopContainer"));
+        let id = request.into_inner().container_id;
+        if self.table().containers.get(&id).is_some_and(|m| m.state == ContainerState::ContainerRunning) {
+            self.exit(&id, 143);
+        }
+        Ok(Response::new(StopContainerResponse {}))
+    }
+
+    async fn remove_container(
+        &self,
+        request: Request<RemoveContainerRequest>,
+    ) -> Answer<RemoveContainerResponse> {
+        let mut table = self.called("RemoveContainer");
+        let id = request.into_inner().container_id;
+        if let Some(made) = table.containers.remove(&id) {
+            self.tell(&table, &id, &made.sandbox, ContainerEventType::ContainerDeletedEvent);
+        }
+        Ok(Response::new(RemoveContainerResponse {}))
+    }
+
+    async fn list_containers(
+        &self,
+        request: Request<ListContainersRequest>,
+    ) -> Answer<ListContainersResponse> {
+        let table = self.called("ListContainers");
+        let selector = request.into_inner().filter.unwrap_or_default().label_selector;
+        let listed = table.containers.iter().filter(|(_, made)| fits(&made.config.labels, &selector));
+        let containers = listed.map(|(id, made)| Container {
+            id: id.clone(),
+            pod_sandbox_id: made.sandbox.clone(),
+            metadata: made.config.metadata.clone(),
+            image: made.config.image.clone(),
+            image_ref: "sha256:1".into(),
+            state: made.state.into(),
+            created_at: made.created,
+            labels: made.config.labels.clone(),
+            annotations: made.config.annotations.clone(),
+            image_id: "sha256:1".into(),
+        });
+        Ok(Response::new(ListContainersResponse { containers: containers.collect() }))
+    }
+
+    async fn container_status(
+        &self,
+        request: Request<ContainerStatusRequest>,
+    ) -> Answer<ContainerStatusResponse> {
+        let table = self.called("ContainerStatus");
+        let id = request.into_inner().container_id;
+        let made = table.containers.get(&id).ok_or_else(|| Status::not_found("no such container"))?;
+        let status = ContainerStatus {
+            id,
+            metadata: made.config.metadata.clone(),
+            state: made.state.into(),
+            created_at: made.created,
+            started_at: made.started,
+            finished_at: made.finished,
+            exit_code: made.exit_code,
+            image: made.config.image.clone(),
+            image_ref: "sha256:1".into(),
+            labels: made.config.labels.clone(),
+            annotations: made.config.annotations.clone(),
+            mounts: made.config.mounts.clone(),
+            log_path: made.log.clone(),
+            ..Default::default()
+        };
+        Ok(Response::new(ContainerStatusResponse { status: Some(status), ..Default::default() }))
+    }
+
+    async fn exec(&self, _: Request<ExecRequest>) -> Answer<ExecResponse> {
+        drop(self.called("Exec"));
+        Err(Status::failed_precondition("the pretend runtime executes nothing"))
+    }
+
+    async fn attach(&self, _: Request<AttachRequest>) -> Answer<AttachResponse> {
+        drop(self.called("Attach"));
+        Err(Status::failed_precondition("the pretend runtime attaches to nothing"))
+    }
+
+    async fn port_forward(&self, _: Request<PortForwardRequest>) -> Answer<PortForwardResponse> {
+        drop(self.called("PortForward"));
+        Err(Status::failed_precondition("the pretend runtime forwards nothing"))
+    }
+
+    async fn update_runtime_config(
+        &self,
+        request: Request<UpdateRuntimeConfigRequest>,
+    ) -> Answer<UpdateRuntimeConfigResponse> {
+        let mut table = self.called("UpdateRuntimeConfig");
+        let network = request.into_inner().runtime_config.and_then(|config| config.network_config);
+        table.pod_cidr = network.map(|network| network.pod_cidr).unwrap_or_default();
+        Ok(Response::new(UpdateRuntimeConfigResponse {}))
+    }
+
+    async fn get_container_events(
+        &self,
+        _: Request<GetEventsRequest>,
+    ) -> Answer<Self::GetContainerEventsStream> {
+        drop(self.called("GetContainerEvents"));
+        if self.tells == Events::Unimplemented {
+            return Err(Status::unimplemented("GetContainerEvents"));
+        }
+        let mut events = self.events.subscribe();
+        let (sender, receiver) = tokio::sync::mpsc::channel(16);
+        tokio::spawn(async move {
+            while let Ok(event) = events.recv().await {
+                if sender.send(Ok(event)).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(tokio_stream::wrappers::ReceiverStream::new(receiver))))
+    }
+
+    not_here! {
+        stream_pod_sandboxes(StreamPodSandboxesRequest) -> Self::StreamPodSandboxesStream;
+        stream_containers(StreamContainersRequest) -> Self::StreamContainersStream;
+        update_container_resources(UpdateContainerResourcesRequest) -> UpdateContainerResourcesResponse;
+        reopen_container_log(ReopenContainerLogRequest) -> ReopenContainerLogResponse;
+        exec_sync(ExecSyncRequest) -> ExecSyncResponse;
+        container_stats(ContainerStatsRequest) -> ContainerStatsResponse;
+        list_container_stats(ListContainerStatsRequest) -> ListContainerStatsResponse;
+        stream_container_stats(StreamContainerStatsRequest) -> Self::StreamContainerStatsStream;
+        pod_sandbox_stats(PodSandboxStatsRequest) -> PodSandboxStatsResponse;
+        list_pod_sandbox_stats(ListPodSandboxStatsRequest) -> ListPodSandboxStatsResponse;
+        stream_pod_sandbox_stats(StreamPodSandboxStatsRequest) -> Self::StreamPodSandboxStatsStream;
+        checkpoint_container(CheckpointContainerRequest) -> CheckpointContainerResponse;
+        checkpoint_pod(CheckpointPodRequest) -> CheckpointPodResponse;
+        restore_pod(RestorePodRequest) -> RestorePodResponse;
+        list_metric_descriptors(ListMetricDescriptorsRequest) -> ListMetricDescriptorsResponse;
+        list_pod_sandbox_metrics(ListPodSandboxMetricsRequest) -> ListPodSandboxMetricsResponse;
+        stream_pod_sandbox_metrics(StreamPodSandboxMetricsRequest) -> Self::StreamPodSandboxMetricsStream;
+        runtime_config(RuntimeConfigRequest) -> RuntimeConfigResponse;
+        update_pod_sandbox_resources(UpdatePodSandboxResourcesRequest) -> UpdatePodSandboxResourcesResponse;
+    }
+}
+
+fn image(name: String) -> Image {
+    Image { id: "sha256:1".into(), repo_tags: vec![name], size: 1 << 20, ..Default::default() }
+}
+
+#[tonic::async_trait]
+impl ImageService for Runtime {
+    type StreamImagesStream = Told<StreamImagesResponse>;
+
+    async fn list_images(&self, _: Request<ListImagesRequest>) -> Answer<ListImagesResponse> {
+        drop(self.called("ListImages"));
+        Ok(Response::new(ListImagesResponse { images: vec![image("image:1".into())] }))
+    }
+
+    async fn image_status(&self, request: Request<ImageStatusRequest>) -> Answer<ImageStatusResponse> {
+        drop(self.called("ImageStatus"));
+        let name = request.into_inner().image.unwrap_or_default().image;
+        Ok(Response::new(ImageStatusResponse { image: Some(image(name)), ..Default::default() }))
+    }
+
+    async fn pull_image(&self, _: Request<PullImageRequest>) -> Answer<PullImageResponse> {
+        drop(self.called("PullImage"));
+        Ok(Response::new(PullImageResponse { image_ref: "sha256:1".into() }))
+    }
+
+    not_here! {
+        stream_images(StreamImagesRequest) -> Self::StreamImagesStream;
+        remove_image(RemoveImageRequest) -> RemoveImageResponse;
+        image_fs_info(ImageFsInfoRequest) -> ImageFsInfoResponse;
+    }
+}

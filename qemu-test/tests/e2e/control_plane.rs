@@ -1,0 +1,313 @@
+//! The control plane goes away and comes back, whole or in parts, and a host is off meanwhile: pods do not notice what
+//! they need not, and the node's truth is right afterwards.
+//!
+//! These tests harm the Supervisor that all others use: each waits until nobody else needs it ([`alone`]).
+
+use crate::shared::{Shared, lab, machine, shell_pod};
+use anyhow::{Context, ensure};
+use atoll_qemu_test::artifacts::Profile;
+use atoll_qemu_test::lab::{BUSYBOX, Lab, node_name};
+use atoll_qemu_test::machine::Machine;
+use atoll_qemu_test::process::wait_for;
+use std::cell::RefCell;
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Deadline for what follows the control plane's return.
+const BACK: Duration = Duration::from_secs(180);
+/// The host that is off while things happen.
+const INDEX: usize = 4;
+const OFF_DEADLINE: Duration = Duration::from_secs(300);
+/// Life of a certificate that is to be renewed while the host is on, and to expire while it is off.
+const SHORT: Duration = Duration::from_secs(150);
+
+/// How many threads of tests need the Supervisor, and whether somebody harms it.
+static NEEDED: (Mutex<(usize, bool)>, Condvar) = (Mutex::new((0, false)), Condvar::new());
+
+fn users() -> MutexGuard<'static, (usize, bool)> {
+    NEEDED.0.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One thread's need, from its first use of the lab to its end, which is that of its test.
+struct Need;
+
+impl Drop for Need {
+    fn drop(&mut self) {
+        users().0 -= 1;
+        NEEDED.1.notify_all();
+    }
+}
+
+thread_local! {
+    static NEED: RefCell<Option<Need>> = const { RefCell::new(None) };
+    static HARMS: RefCell<bool> = const { RefCell::new(false) };
+}
+
+/// Called by whoever uses the lab: waits while somebody harms the Supervisor.
+pub fn needed() {
+    if HARMS.with_borrow(|harms| *harms) || NEED.with_borrow(Option::is_some) {
+        return;
+    }
+    let mut users = users();
+    // Those that need it go first, as in `shared`: a test may have several threads.
+    while users.1 {
+        users = NEEDED.1.wait(users).unwrap_or_else(PoisonError::into_inner);
+    }
+    users.0 += 1;
+    drop(users);
+    NEED.set(Some(Need));
+}
+
+/// Nobody else needs the Supervisor while this lives; it is whole again when it goes.
+struct Alone {
+    host: Shared,
+}
+
+/// The host first: it waits for tests that need the Supervisor to end.
+fn alone() -> Alone {
+    let host = crate::shared::alone();
+    NEED.set(None);
+    HARMS.set(true);
+    let mut users = users();
+    while users.0 > 0 || users.1 {
+        users = NEEDED.1.wait(users).unwrap_or_else(PoisonError::into_inner);
+    }
+    users.1 = true;
+    Alone { host }
+}
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        // A test that failed in the middle leaves it as it may be: the others need it whole.
+        if std::thread::panicking() {
+            self.host.supervisor.stop();
+            // What fails here fails in every other test, with its reason.
+            let _ = self.host.supervisor.resume(&[]);
+        }
+        users().1 = false;
+        HARMS.set(false);
+        NEEDED.1.notify_all();
+    }
+}
+
+/// A pod that says something every second, and what must not change of it.
+struct Witness {
+    pod: crate::shared::Pod,
+    identity: String,
+}
+
+const IDENTITY: &str = "{.metadata.uid} {.status.containerStatuses[0].containerID} {.status.containerStatuses[0].restartCount} {.status.podIP}";
+
+impl Witness {
+    fn begin(host: &Shared, name: &str) -> anyhow::Result<Self> {
+        let script = "n=0; while true; do echo tick $n; n=$((n+1)); sleep 1; done";
+        let pod = shell_pod(host, name, script, "Always")?;
+        pod.wait_phase("Running")?;
+        let identity = pod.field(IDENTITY)?;
+        ensure!(identity.split(' ').nth(2) == Some("0"), "it was restarted already: {identity}");
+        Ok(Self { pod, identity })
+    }
+
+    /// The same container of the same pod runs, was never restarted, and has all of its log.
+    fn unchanged(&self) -> anyhow::Result<()> {
+        ensure!(
+            self.pod.field(IDENTITY)? == self.identity,
+            "{} ≠ {}",
+            self.pod.field(IDENTITY)?,
+            self.identity
+        );
+        self.pod.wait_field("{.status.conditions[?(@.type==\"Ready\")].status}", "True")?;
+        // What says yes here has the node's word by way of the API server, the kubelet API and the runtime.
+        ensure!(self.pod.exec(&["echo", "here"])?.trim() == "here");
+        let log = self.pod.logs()?;
+        for (n, line) in log.lines().enumerate() {
+            ensure!(line == format!("tick {n}"), "line {n} of its log is {line:?}");
+        }
+        Ok(())
+    }
+
+    fn ticks(&self) -> anyhow::Result<usize> {
+        Ok(self.pod.logs()?.lines().count())
+    }
+}
+
+fn renewed(lab: &Lab, node: &str) -> anyhow::Result<String> {
+    let lease = ["get", "lease", "-n", "kube-node-lease", node, "-o", "jsonpath={.spec.renewTime}"];
+    Ok(lab.supervisor.kubectl(&lease)?.stdout)
+}
+
+/// The lease is renewed and the node is Ready, both from now on.
+fn node_is_back(lab: &Lab) -> anyhow::Result<()> {
+    let known = renewed(lab, "node-1")?;
+    wait_for("the lease to be renewed", BACK, || {
+        let now = renewed(lab, "node-1")?;
+        Ok((!now.is_empty() && now != known).then_some(()))
+    })?;
+    lab.supervisor.wait_node_ready("node-1", BACK)
+}
+
+#[test]
+fn supervisor_away_for_two_minutes_after_joining_leaves_pods_and_the_lease_comes_back() -> anyhow::Result<()>
+{
+    let alone = alone();
+    let host = &alone.host;
+    let witness = Witness::begin(host, "away")?;
+    let (before, from) = (witness.ticks()?, machine().serial.position());
+    host.supervisor.stop();
+    let away = Instant::now();
+    machine().serial.expect("pods keep running", from, BACK)?;
+    wait_for("two minutes to pass", Duration::from_secs(150), || {
+        Ok((away.elapsed() >= Duration::from_secs(120)).then_some(()))
+    })?;
+    host.supervisor.resume(&[])?;
+    machine().serial.expect("renewed again after", from, BACK)?;
+    node_is_back(host)?;
+    witness.unchanged()?;
+    // What the pod said meanwhile lay in the host's files.
+    let ticks = witness.ticks()? - before;
+    ensure!(ticks >= 60, "{ticks} lines in over two minutes");
+    Ok(())
+}
+
+#[test]
+fn api_server_killed_comes_back_and_pods_stay() -> anyhow::Result<()> {
+    let alone = alone();
+    let witness = Witness::begin(&alone.host, "api-killed")?;
+    alone.host.supervisor.kill_component("kube-apiserver")?;
+    alone.host.supervisor.wait_ready()?;
+    node_is_back(&alone.host)?;
+    witness.unchanged()?;
+    Witness::begin(&alone.host, "after-api-killed").map(drop)
+}
+
+#[test]
+fn etcd_killed_comes_back_and_pods_stay() -> anyhow::Result<()> {
+    let alone = alone();
+    let witness = Witness::begin(&alone.host, "etcd-killed")?;
+    alone.host.supervisor.kill_component("etcd")?;
+    alone.host.supervisor.wait_ready()?;
+    node_is_back(&alone.host)?;
+    witness.unchanged()?;
+    Witness::begin(&alone.host, "after-etcd-killed").map(drop)
+}
+
+#[test]
+fn node_object_deleted_by_hand_comes_back_ready_and_pods_stay() -> anyhow::Result<()> {
+    let alone = alone();
+    let host = &alone.host;
+    let witness = Witness::begin(host, "node-deleted")?;
+    let known = |path: &str| host.supervisor.field("node", "node-1", path);
+    let (uid, network) = (known("{.metadata.uid}")?, known("{.spec.podCIDR}")?);
+    let from = machine().serial.position();
+    host.supervisor.kubectl_ok(&["delete", "node", "node-1"])?;
+    machine().serial.expect("registering it again", from, BACK)?;
+    host.supervisor.wait_node_ready("node-1", BACK)?;
+    ensure!(known("{.metadata.uid}")? != uid, "the old object is still there");
+    ensure!(known("{.spec.podCIDR}")? == network, "pods would have addresses of another network");
+    node_is_back(host)?;
+    witness.unchanged()?;
+    Witness::begin(host, "after-node-deleted").map(drop)
+}
+
+/// What came of a host that was off for a while.
+#[derive(Debug, Clone)]
+struct OffHost {
+    renewed: String,
+    joined_again: String,
+    before: String,
+    recreated: String,
+    after: String,
+    nodes_alike: bool,
+}
+
+const POD: &str = "same-name";
+const UID_AND_RUNS: &str = "{.metadata.uid} {.status.containerStatuses[0].restartCount}";
+
+fn apply(lab: &Lab) -> anyhow::Result<String> {
+    let node = node_name(INDEX);
+    lab.supervisor.apply(&format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: {POD}}}\nspec:\n  nodeName: {node}\n  terminationGracePeriodSeconds: 1\n  containers:\n  - name: main\n    image: {BUSYBOX}\n    command: [/bin/sh, -c, 'echo ran; sleep 1000000']\n"
+    ))?;
+    lab.supervisor.field("pod", POD, "{.metadata.uid}")
+}
+
+/// One host for the three tests below: its certificate is renewed, it is switched off, its pod is deleted and made
+/// again, its certificate expires, it is switched on.
+fn off_host() -> anyhow::Result<OffHost> {
+    static SEEN: OnceLock<Result<OffHost, String>> = OnceLock::new();
+    let seen = SEEN.get_or_init(|| {
+        let alone = alone();
+        let seen = switch_off_and_on(&alone.host);
+        let cleaned = alone.host.supervisor.kubectl(&["delete", "pod", POD, "--force", "--grace-period=0"]);
+        alone.host.supervisor.stop();
+        let whole = alone.host.supervisor.resume(&[]);
+        seen.and_then(|seen| cleaned.and(whole).map(|()| seen)).map_err(|error| format!("{error:#}"))
+    });
+    seen.clone().map_err(anyhow::Error::msg)
+}
+
+fn switch_off_and_on(host: &Shared) -> anyhow::Result<OffHost> {
+    let (artifacts, lab) = lab();
+    let node = node_name(INDEX);
+    host.supervisor.stop();
+    host.supervisor.resume(&["--host-certificates", &format!("{}s", SHORT.as_secs())])?;
+    let mut machine = lab.boot_host(artifacts, Profile::Test, INDEX)?;
+    lab.wait_ready(&mut machine, INDEX)?;
+    let uid = lab.supervisor.field("node", &node, "{.metadata.uid}")?;
+    apply(lab)?;
+    lab.supervisor.wait_field("pod", POD, "{.status.phase}", "Running", OFF_DEADLINE)?;
+    let before = lab.supervisor.field("pod", POD, UID_AND_RUNS)?;
+    let renewed = machine.serial.expect("client certificate renewed, valid until", 0, OFF_DEADLINE)?;
+    let signed = Instant::now();
+    machine.press_power_button()?;
+    machine.wait_off(Duration::from_secs(120))?;
+    lab.supervisor.kubectl_ok(&["delete", "pod", POD, "--force", "--grace-period=0"])?;
+    let recreated = apply(lab)?;
+    wait_for("the certificate to expire", SHORT * 2, || Ok((signed.elapsed() > SHORT).then_some(())))?;
+    let from = machine.serial.position();
+    let mut machine = machine.boot_again()?;
+    let joined_again = machine.serial.expect("joining again", from, OFF_DEADLINE)?;
+    machine.serial.expect("host is up", from, OFF_DEADLINE)?;
+    let after = running_pod(lab, &recreated).with_context(|| machine.serial.text())?;
+    lab.wait_ready(&mut machine, INDEX)?;
+    let nodes_alike = lab.supervisor.field("node", &node, "{.metadata.uid}")? == uid;
+    switched_off(machine)?;
+    Ok(OffHost { renewed, joined_again, before, recreated, after, nodes_alike })
+}
+
+fn running_pod(lab: &Lab, uid: &str) -> anyhow::Result<String> {
+    wait_for("the new pod to run", OFF_DEADLINE, || {
+        let phase = lab.supervisor.field("pod", POD, "{.status.phase} {.metadata.uid}")?;
+        Ok((phase == format!("Running {uid}")).then_some(()))
+    })?;
+    lab.supervisor.field("pod", POD, UID_AND_RUNS)
+}
+
+/// Nothing of it is left to run beside the other tests.
+fn switched_off(mut machine: Machine) -> anyhow::Result<()> {
+    machine.press_power_button()?;
+    machine.wait_off(Duration::from_secs(120))
+}
+
+#[test]
+fn client_certificate_near_its_end_is_renewed_by_the_real_control_plane() -> anyhow::Result<()> {
+    let seen = off_host()?;
+    ensure!(seen.renewed.contains("agent:"), "{seen:?}");
+    Ok(())
+}
+
+#[test]
+fn client_certificate_expired_while_the_host_was_off_joins_again_by_the_token() -> anyhow::Result<()> {
+    let seen = off_host()?;
+    ensure!(seen.joined_again.contains("client certificate of node-5 expired at"), "{seen:?}");
+    ensure!(seen.nodes_alike, "it is the same node as before: {seen:?}");
+    Ok(())
+}
+
+#[test]
+fn pod_recreated_with_its_name_while_the_host_was_off_is_a_new_pod() -> anyhow::Result<()> {
+    let seen = off_host()?;
+    ensure!(!seen.before.starts_with(&seen.recreated), "{seen:?}");
+    ensure!(seen.after == format!("{} 0", seen.recreated), "{seen:?}");
+    Ok(())
+}
