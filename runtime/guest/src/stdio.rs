@@ -449,7 +449,7 @@ fn resize(terminal: Option<&OwnedFd>, payload: &[u8]) {
 }
 
 /// Splits a whole packet off: channel, payload, rest.
-fn next_packet(bytes: &[u8]) -> Option<(u8, &[u8], &[u8])> {
+pub fn next_packet(bytes: &[u8]) -> Option<(u8, &[u8], &[u8])> {
     let (header, rest) = bytes.split_at_checked(HEADER)?;
     let length = u32::from_le_bytes([header[1], header[2], header[3], header[4]]);
     let length = usize::try_from(length).ok()?;
