@@ -11,7 +11,7 @@ use crate::service::process::SIGTERM;
 use crate::service::{EventKind, Reply, RunningContainer, jobs, random_hex};
 use crate::spec::{ContainerSpec, Resources};
 use crate::vm::launch::unix_ns;
-use atoll_spec::guest::{ContainerPhase as GuestPhase, ContainerState, Event, Exit, GuestErrorKind};
+use atoll_spec::guest::{Exit, GuestErrorKind};
 use atoll_spec::ids::{ContainerId, SandboxId};
 use std::sync::Arc;
 use std::time::Duration;
@@ -78,6 +78,7 @@ impl Owner {
             ending: None,
             exited: watch::Sender::new(false),
             remove_waiters: Vec::new(),
+            reopening: false,
             spec,
         };
         self.containers.insert(id.clone(), container);
@@ -190,16 +191,7 @@ impl Owner {
     }
 
     /// An event of a guest: the end of a container is told once its last output is in the log.
-    pub(super) fn guest_event(&mut self, sandbox: &SandboxId, sequence: u64, event: Event) {
-        let Event::Exited { container, exit } = event;
-        self.note_exit(&container, exit);
-        let vm = self.sandboxes.get(sandbox).and_then(|s| s.vm.clone());
-        if let Some(vm) = vm {
-            self.jobs.spawn(jobs::acknowledge(vm, sequence));
-        }
-    }
-
-    fn note_exit(&mut self, id: &ContainerId, exit: Exit) {
+    pub(super) fn note_exit(&mut self, id: &ContainerId, exit: Exit) {
         let Some(container) = self.containers.get_mut(id) else { return };
         if matches!(container.phase, ContainerPhase::Exited { .. }) || container.ending.is_some() {
             return;
@@ -368,41 +360,6 @@ impl Owner {
             spec: container.spec.clone(),
             console: container.console.clone(),
         })
-    }
-
-    /// Compares with what the guest says, after its connection came back.
-    pub(super) fn reconciled(&mut self, sandbox: &SandboxId, states: &[ContainerState]) {
-        for state in states {
-            // Half made or half removed when the runtime was restarted: nobody will ask for it again.
-            if !self.containers.contains_key(&state.container) {
-                if let Some(vm) = self.sandboxes.get(sandbox).and_then(|s| s.vm.clone()) {
-                    let id = state.container.clone();
-                    self.jobs.spawn(jobs::discard(vm, id));
-                }
-                continue;
-            }
-            match state.phase {
-                GuestPhase::Exited { exit } => {
-                    self.move_container(&state.container, &ContainerEvent::Started { at_ns: unix_ns() });
-                    self.note_exit(&state.container, exit);
-                }
-                GuestPhase::Running { .. } => {
-                    self.move_container(&state.container, &ContainerEvent::Started { at_ns: unix_ns() });
-                    self.reopen_console(sandbox, &state.container);
-                }
-                GuestPhase::Created => {}
-            }
-        }
-    }
-
-    fn reopen_console(&mut self, sandbox: &SandboxId, id: &ContainerId) {
-        let vm = self.sandboxes.get(sandbox).and_then(|s| s.vm.clone());
-        let (Some(vm), Some(container)) = (vm, self.containers.get(id)) else { return };
-        if container.console.as_ref().is_some_and(|c| !c.is_drained()) {
-            return;
-        }
-        let (id, log_path, tty) = (id.clone(), container.log_path.clone(), container.spec.tty);
-        self.jobs.spawn(jobs::reopen_stdio(vm, id, log_path, tty));
     }
 }
 

@@ -7,6 +7,7 @@
 use crate::console::Console;
 use crate::error::{Error, Result};
 use crate::service::container::{ContainerEvent, ContainerPhase, Ended};
+use crate::service::guests::Attention;
 use crate::service::jobs;
 use crate::service::recover;
 use crate::service::sandbox::{SandboxEvent, SandboxPhase};
@@ -51,6 +52,7 @@ pub(super) struct Sandbox {
     pub unwinding: bool,
     pub stop_waiters: Vec<Reply<()>>,
     pub remove_waiters: Vec<Reply<()>>,
+    pub attention: Attention,
 }
 
 /// A container.
@@ -76,6 +78,8 @@ pub(super) struct Container {
     /// Tells jobs that wait for its end.
     pub exited: watch::Sender<bool>,
     pub remove_waiters: Vec<Reply<()>>,
+    /// Its stdio is being opened again.
+    pub reopening: bool,
 }
 
 /// What a job reports.
@@ -89,8 +93,9 @@ pub(super) enum Done {
     ContainerEnded(ContainerId, Ended),
     ContainerRemoved(ContainerId, Result<()>),
     LimitsChanged(ContainerId, Box<crate::spec::Resources>, Result<()>, Reply<()>),
-    Reconciled(SandboxId, Vec<ContainerState>),
-    ConsoleBack(ContainerId, Arc<Console>),
+    Acknowledged(SandboxId),
+    Reconciled(SandboxId, Option<Vec<ContainerState>>),
+    ConsoleBack(ContainerId, Option<Arc<Console>>),
     NetworkInstalled(Result<()>, Option<Reply<()>>),
     Nothing,
 }
@@ -199,10 +204,12 @@ impl Owner {
             Done::LimitsChanged(id, resources, result, reply) => {
                 self.limits_changed(&id, *resources, result, reply)
             }
-            Done::Reconciled(id, states) => self.reconciled(&id, &states),
+            Done::Acknowledged(id) => self.acknowledged(&id),
+            Done::Reconciled(id, states) => self.reconciled(&id, states.as_deref()),
             Done::ConsoleBack(id, console) => {
                 if let Some(container) = self.containers.get_mut(&id) {
-                    container.console = Some(console);
+                    container.reopening = false;
+                    container.console = console.or(container.console.take());
                 }
             }
             Done::NetworkInstalled(result, reply) => self.network_installed(result, reply),

@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use crate::service::admission::{self, Admission};
 use crate::service::container::{CODE_VM_LOST, ContainerEvent, Ended, REASON_ERROR};
+use crate::service::guests::Attention;
 use crate::service::owner::{Done, Owner, Sandbox, answer};
 use crate::service::sandbox::{SandboxEvent, SandboxPhase};
 use crate::service::{
@@ -73,6 +74,7 @@ impl Owner {
             unwinding: false,
             stop_waiters: Vec::new(),
             remove_waiters: Vec::new(),
+            attention: Attention::default(),
         };
         let plan = self.plan(&sandbox);
         self.sandboxes.insert(id.clone(), sandbox);
@@ -374,15 +376,6 @@ impl Owner {
         }
         if let Some(reply) = reply {
             answer(reply, result);
-        }
-    }
-
-    pub(super) fn guest_connected(&mut self, id: &SandboxId) {
-        let Some(sandbox) = self.sandboxes.get(id) else { return };
-        // While it is being launched, the launch itself speaks to the guest first.
-        if let (SandboxPhase::Ready, Some(vm)) = (&sandbox.phase, &sandbox.vm) {
-            let (id, vm) = (id.clone(), vm.clone());
-            self.jobs.spawn(jobs::list(id, vm));
         }
     }
 }
