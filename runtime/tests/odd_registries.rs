@@ -5,117 +5,37 @@
 
 mod registry;
 
-use atoll_runtime::images::{Auth, Digest, ImageError, ImageRef, ImageStore, StoreOptions};
+use atoll_runtime::images::{Auth, Digest, ImageError, ImageRef, ImageStore, Patience};
+use registry::scripted::{Answer, Request, Server, documents, find, image, is_layer, open, rest};
 use registry::{Family, Packing, TestImage, layer, options};
-use std::collections::HashMap;
-use std::io::{BufRead as _, BufReader, Write as _};
-use std::net::{TcpListener, TcpStream};
-use std::sync::{Arc, Mutex};
+use std::path::Path;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-/// What arrived.
-#[derive(Debug, Clone)]
-struct Request {
-    path: String,
-    headers: HashMap<String, String>,
+/// Pulls from a server whose right answers are changed by `twist`; the store must be empty afterwards.
+async fn refused(
+    twist: impl Fn(&Request, (String, Vec<u8>)) -> (String, Vec<u8>) + Send + Sync + 'static,
+) -> ImageError {
+    let dir = tempfile::tempdir().unwrap();
+    let options = options(dir.path());
+    let documents = documents(&image());
+    let server = Server::start(move |request| twist(request, find(&documents, &request.path)));
+    let (store, name) = open(&options, &server).await;
+    let error = store.pull(&name, None).await.unwrap_err();
+    assert!(store.list().is_empty(), "{error}");
+    assert_eq!(files_below(&options.root.join("layers")), 0, "{error}");
+    assert_eq!(files_below(&options.root.join("tmp")), 0, "{error}");
+    error
 }
 
-impl Request {
-    fn header(&self, name: &str) -> &str {
-        self.headers.get(name).map_or("", String::as_str)
-    }
-}
-
-/// Status line and headers, and body.
-type Answer = (String, Vec<u8>);
-
-/// An HTTP server whose answers a function gives; it keeps what was asked.
-struct Server {
-    address: String,
-    asked: Arc<Mutex<Vec<Request>>>,
-}
-
-impl Server {
-    fn start(answer: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        let asked = Arc::new(Mutex::new(Vec::new()));
-        let (seen, answer) = (Arc::clone(&asked), Arc::new(answer));
-        std::thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let (seen, answer) = (Arc::clone(&seen), Arc::clone(&answer));
-                std::thread::spawn(move || serve(stream, &seen, &*answer));
-            }
-        });
-        Self { address, asked }
-    }
-
-    fn asked(&self) -> Vec<Request> {
-        self.asked.lock().unwrap().clone()
-    }
-}
-
-fn serve(mut stream: TcpStream, seen: &Mutex<Vec<Request>>, answer: &dyn Fn(&Request) -> Answer) {
-    let mut lines = BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok);
-    let Some(first) = lines.next() else { return };
-    let headers = lines.by_ref().take_while(|line| !line.is_empty());
-    let headers = headers.filter_map(|line| {
-        let (name, value) = line.split_once(": ")?;
-        Some((name.to_ascii_lowercase(), value.to_owned()))
-    });
-    let request = Request { path: first.split(' ').nth(1).unwrap().to_owned(), headers: headers.collect() };
-    seen.lock().unwrap().push(request.clone());
-    let (head, body) = answer(&request);
-    let length = if head.contains("Content-Length") {
-        String::new()
-    } else {
-        format!("Content-Length: {}\r\n", body.len())
-    };
-    // The client may have hung up in disgust.
-    let _ = stream.write_all(format!("HTTP/1.1 {head}\r\n{length}Connection: close\r\n\r\n").as_bytes());
-    let _ = stream.write_all(&body);
-}
-
-/// An image's documents and blobs by the end of their path.
-fn documents(image: &TestImage) -> HashMap<String, Vec<u8>> {
-    let documents = Mutex::new(HashMap::new());
-    let manifest = image.manifest(|blob| {
-        let digest = Digest::of(blob);
-        documents.lock().unwrap().insert(format!("blobs/{digest}"), blob.to_vec());
-        digest
-    });
-    documents.lock().unwrap().insert("manifests/v1".into(), manifest.into_bytes());
-    documents.into_inner().unwrap()
-}
-
-fn find(documents: &HashMap<String, Vec<u8>>, path: &str) -> Answer {
-    match documents.iter().find(|(name, _)| path.ends_with(name.as_str())) {
-        Some((_, body)) => ("200 OK".into(), body.clone()),
-        None => ("404 Not Found".into(), Vec::new()),
-    }
-}
-
-fn is_layer(image: &TestImage, path: &str) -> bool {
-    path.contains("/blobs/") && !path.ends_with(Digest::of(image.config().as_bytes()).as_str())
-}
-
-fn image() -> TestImage {
-    let noise: String =
-        (0..60_000u32).map(|n| char::from(b' ' + (n.wrapping_mul(2_654_435_761) >> 26) as u8)).collect();
-    TestImage::new(Family::Oci, vec![(layer(&[("noise", &noise)]), Packing::Plain)])
-}
-
-async fn open(options: &StoreOptions, server: &Server) -> (ImageStore, ImageRef) {
-    let settings = serde_json::json!({"registries": {&server.address: {"plain_http": true}}});
-    std::fs::write(&options.registries, settings.to_string()).unwrap();
-    let store = ImageStore::open(options.clone()).await.unwrap();
-    (store, format!("{}/app:v1", server.address).parse().unwrap())
+fn files_below(path: &Path) -> usize {
+    std::fs::read_dir(path).unwrap().count()
 }
 
 #[tokio::test]
-async fn a_token_is_fetched_and_stays_with_its_registry() {
+async fn a_token_is_fetched_and_stays_with_its_registry_when_that_redirects_elsewhere() {
     let dir = tempfile::tempdir().unwrap();
-    let Some(options) = options(dir.path()) else { return };
+    let options = options(dir.path());
     let image = image();
     let blobs = documents(&image);
     let elsewhere = Server::start(move |request| find(&blobs, &request.path));
@@ -144,10 +64,10 @@ async fn a_token_is_fetched_and_stays_with_its_registry() {
         find(&documents, &request.path)
     });
     let (store, name) = open(&options, &server).await;
-    let refused =
-        store.pull(&name, Some(Auth::Basic { username: "user".into(), password: "no".into() })).await;
+    let basic = |password: &str| Some(Auth::Basic { username: "user".into(), password: password.into() });
+    let refused = store.pull(&name, basic("no")).await;
     assert!(matches!(refused, Err(ImageError::Denied { .. })), "{refused:?}");
-    store.pull(&name, Some(Auth::Basic { username: "user".into(), password: "pass".into() })).await.unwrap();
+    store.pull(&name, basic("pass")).await.unwrap();
     let asked = tokens.asked();
     assert!(asked[1].path.ends_with("/token?service=here&scope=repository%3Aapp%3Apull"), "{asked:?}");
     assert_eq!(elsewhere.asked().len(), 2, "config and layer came from there");
@@ -156,28 +76,110 @@ async fn a_token_is_fetched_and_stays_with_its_registry() {
 }
 
 #[tokio::test]
-async fn broken_downloads_go_on_where_they_broke() {
+async fn a_redirect_in_a_circle_is_given_up() {
+    let error =
+        refused(|request, (_, body)| (format!("302 Found\r\nLocation: {}", request.path), body)).await;
+    assert!(error.to_string().contains("redirects too often"), "{error}");
+}
+
+#[tokio::test]
+async fn a_redirect_to_another_scheme_or_to_nowhere_is_refused() {
+    for location in ["file:///etc/shadow", "gopher://127.0.0.1/x", "", "http://"] {
+        let error = refused(move |_, (_, body)| (format!("302 Found\r\nLocation: {location}"), body)).await;
+        assert!(error.to_string().contains("redirects to"), "{location}: {error}");
+    }
+}
+
+/// A certificate for the given names, signed by itself.
+fn identity(names: &[&str], expired: bool) -> rcgen::CertifiedKey<rcgen::KeyPair> {
+    let signing_key = rcgen::KeyPair::generate().unwrap();
+    let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+    let mut parameters = rcgen::CertificateParams::new(names).unwrap();
+    if expired {
+        parameters.not_before = rcgen::date_time_ymd(2001, 1, 1);
+        parameters.not_after = rcgen::date_time_ymd(2002, 1, 1);
+    }
+    let cert = parameters.self_signed(&signing_key).unwrap();
+    rcgen::CertifiedKey { cert, signing_key }
+}
+
+/// Pulls over TLS from a server with the given certificate, of which the settings trust `trusted`.
+async fn pull_over_tls(
+    identity: &rcgen::CertifiedKey<rcgen::KeyPair>,
+    trusted: &str,
+) -> Result<(), ImageError> {
+    let dir = tempfile::tempdir().unwrap();
+    let options = options(dir.path());
+    let documents = documents(&image());
+    let server = Server::start_tls(identity, move |request| find(&documents, &request.path));
+    let settings = serde_json::json!({"registries": {&server.address: {"ca_pem": trusted}}});
+    std::fs::write(&options.registries, settings.to_string()).unwrap();
+    let store = ImageStore::open(options).await.unwrap();
+    let name: ImageRef = format!("{}/app:v1", server.address).parse().unwrap();
+    store.pull(&name, None).await.map(drop)
+}
+
+#[tokio::test]
+async fn a_registry_with_a_wrong_certificate_is_not_trusted() {
+    let right = identity(&["127.0.0.1"], false);
+    pull_over_tls(&right, &right.cert.pem()).await.unwrap();
+    let cases = [
+        ("of another authority", identity(&["127.0.0.1"], false), right.cert.pem()),
+        ("for another name", identity(&["registry.example"], false), String::new()),
+        ("that has expired", identity(&["127.0.0.1"], true), String::new()),
+    ];
+    for (which, identity, trusted) in cases {
+        let trusted = if trusted.is_empty() { identity.cert.pem() } else { trusted };
+        let started = Instant::now();
+        let error = pull_over_tls(&identity, &trusted).await.unwrap_err();
+        assert!(matches!(error, ImageError::Untrusted { .. }), "{which}: {error}");
+        assert!(error.to_string().contains("give its CA certificate"), "{which}: {error}");
+        assert!(!error.is_transient(), "trying again does not help");
+        assert!(started.elapsed() < Duration::from_secs(10), "{which}: it was tried more than once");
+    }
+}
+
+#[tokio::test]
+async fn a_redirect_from_tls_to_plain_http_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = options(dir.path());
+    let blobs = documents(&image());
+    let plain = Server::start(move |request| find(&blobs, &request.path));
+    let target = plain.address.clone();
+    let identity = identity(&["127.0.0.1"], false);
+    let server = Server::start_tls(&identity, move |request| {
+        (format!("302 Found\r\nLocation: http://{target}{}", request.path), Vec::new())
+    });
+    let settings = serde_json::json!({"registries": {&server.address: {"ca_pem": identity.cert.pem()}}});
+    std::fs::write(&options.registries, settings.to_string()).unwrap();
+    let store = ImageStore::open(options).await.unwrap();
+    let name: ImageRef = format!("{}/app:v1", server.address).parse().unwrap();
+    let error = store.pull(&name, None).await.unwrap_err();
+    assert!(error.to_string().contains("from https to http"), "{error}");
+    assert!(plain.asked().is_empty());
+}
+
+#[tokio::test]
+async fn an_interrupted_download_resumes_where_it_broke() {
     for ranges in [true, false] {
         let dir = tempfile::tempdir().unwrap();
-        let Some(options) = options(dir.path()) else { return };
+        let options = options(dir.path());
         let image = image();
         let documents = documents(&image);
         let broke = Mutex::new(0);
         let server = Server::start(move |request| {
             let (head, body) = find(&documents, &request.path);
-            if !is_layer(&self::image(), &request.path) {
+            if !is_layer(&registry::scripted::image(), &request.path) {
                 return (head, body);
             }
             let mut broke = broke.lock().unwrap();
             *broke += 1;
-            let from =
-                request.header("range").strip_prefix("bytes=").and_then(|range| range.strip_suffix('-'));
-            let from: usize = from.filter(|_| ranges).map_or(0, |from| from.parse().unwrap());
-            let status = if from > 0 { "206 Partial Content" } else { "200 OK" };
-            let head = format!("{status}\r\nContent-Length: {}", body.len() - from);
+            let (head, mut body) = rest(body, if ranges { request.from() } else { 0 });
             // Twice it breaks off half way.
-            let end = if *broke <= 2 { from + (body.len() - from) / 2 } else { body.len() };
-            (head, body[from..end].to_vec())
+            if *broke <= 2 {
+                body.truncate(body.len() / 2);
+            }
+            (head, body)
         });
         let (store, name) = open(&options, &server).await;
         store.pull(&name, None).await.unwrap();
@@ -190,9 +192,99 @@ async fn broken_downloads_go_on_where_they_broke() {
 }
 
 #[tokio::test]
-async fn a_busy_registry_is_given_the_time_it_asks_for() {
+async fn a_pull_that_failed_resumes_with_the_layers_that_were_done() {
     let dir = tempfile::tempdir().unwrap();
-    let Some(options) = options(dir.path()) else { return };
+    let options = options(dir.path());
+    let image = TestImage::new(
+        Family::Oci,
+        (0..4).map(|n| (layer(&[("file", &n.to_string())]), Packing::Gzip)).collect(),
+    );
+    let last = Digest::of(&registry::pack(&image.layers[3].0, Packing::Gzip)).to_string();
+    let (documents, missing) = (documents(&image), last.clone());
+    let broken = std::sync::Arc::new(Mutex::new(true));
+    let works = std::sync::Arc::clone(&broken);
+    let done = options.root.join("layers");
+    let server = Server::start(move |request| {
+        if request.path.ends_with(&missing) && *broken.lock().unwrap() {
+            // Not before the others are in the store.
+            let until = Instant::now() + Duration::from_secs(20);
+            while files_below(&done) < 3 && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            return ("503 Service Unavailable\r\nRetry-After: 0".into(), Vec::new());
+        }
+        find(&documents, &request.path)
+    });
+    let (store, name) = open(&options, &server).await;
+    let error = store.pull(&name, None).await.unwrap_err();
+    assert!(error.is_transient() && error.to_string().contains("503"), "{error}");
+    assert!(store.list().is_empty());
+    assert_eq!(files_below(&options.root.join("tmp")), 0);
+    *works.lock().unwrap() = false;
+    let before = server.asked().len();
+    let id = store.pull(&name, None).await.unwrap();
+    let blobs: Vec<String> = server.asked()[before..].iter().map(|r| r.path.clone()).collect();
+    assert_eq!(blobs.len(), 3, "manifest, config and the one layer that was missing: {blobs:?}");
+    store.remove(&id.to_string()).await.unwrap();
+    assert_eq!(files_below(&options.root.join("layers")), 0, "nothing is held any more");
+}
+
+#[tokio::test]
+async fn a_registry_that_hangs_in_the_middle_is_left_and_asked_for_the_rest() {
+    let dir = tempfile::tempdir().unwrap();
+    let patience = Patience { head: Duration::from_secs(20), silence: Duration::from_millis(300) };
+    let options = atoll_runtime::images::StoreOptions { patience, ..options(dir.path()) };
+    let image = image();
+    let documents = documents(&image);
+    let hung = Mutex::new(false);
+    let server = Server::start(move |request| {
+        let (head, body) = find(&documents, &request.path);
+        if !is_layer(&registry::scripted::image(), &request.path) {
+            return Answer { head, body, hang: false };
+        }
+        let first = !std::mem::replace(&mut *hung.lock().unwrap(), true);
+        let (head, mut body) = rest(body, request.from());
+        if first {
+            body.truncate(body.len() / 2);
+        }
+        Answer { head, body, hang: first }
+    });
+    let (store, name) = open(&options, &server).await;
+    store.pull(&name, None).await.unwrap();
+    let asked = server.asked();
+    assert!(asked.last().unwrap().from() > 10_000, "{asked:?}");
+}
+
+#[tokio::test]
+async fn a_registry_that_hangs_for_good_is_given_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let patience = Patience { head: Duration::from_millis(300), silence: Duration::from_millis(300) };
+    let options = atoll_runtime::images::StoreOptions { patience, ..options(dir.path()) };
+    let documents = documents(&image());
+    // It takes the request for the layer and says nothing, or only the head of an answer.
+    for head in ["", "200 OK\r\nContent-Length: 70000"] {
+        let documents = documents.clone();
+        let server = Server::start(move |request| {
+            let layer = is_layer(&image(), &request.path);
+            let (right, body) = find(&documents, &request.path);
+            match layer {
+                true => Answer { head: head.into(), body: Vec::new(), hang: true },
+                false => Answer { head: right, body, hang: false },
+            }
+        });
+        let (store, name) = open(&options, &server).await;
+        let started = Instant::now();
+        let error = store.pull(&name, None).await.unwrap_err();
+        assert!(error.is_transient(), "{error}");
+        assert!(started.elapsed() < Duration::from_secs(120), "{:?}", started.elapsed());
+        assert_eq!(files_below(&options.root.join("tmp")), 0);
+    }
+}
+
+#[tokio::test]
+async fn a_registry_that_answers_429_is_given_the_time_it_asks_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = options(dir.path());
     let documents = documents(&image());
     let busy = Mutex::new(true);
     let server = Server::start(move |request| {
@@ -208,56 +300,160 @@ async fn a_busy_registry_is_given_the_time_it_asks_for() {
 }
 
 #[tokio::test]
-async fn lies_are_seen() {
+async fn a_registry_that_answers_429_for_ever_is_given_up_and_named() {
+    let error = refused(|_, _| ("429 Too Many Requests\r\nRetry-After: 0".into(), Vec::new())).await;
+    assert!(error.is_transient() && error.to_string().contains("429"), "{error}");
+}
+
+#[tokio::test]
+async fn a_layer_with_a_wrong_digest_is_refused() {
+    let error = refused(|request, (head, mut body)| {
+        if is_layer(&image(), &request.path) {
+            body[1000] ^= 1;
+        }
+        (head, body)
+    })
+    .await;
+    assert!(matches!(error, ImageError::DigestMismatch { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_config_with_a_wrong_digest_is_refused() {
+    let error = refused(|request, (head, body)| {
+        let config = request.path.contains("/blobs/") && !is_layer(&image(), &request.path);
+        (head, if config { body.iter().map(|b| if *b == b'w' { b'v' } else { *b }).collect() } else { body })
+    })
+    .await;
+    assert!(matches!(error, ImageError::DigestMismatch { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_manifest_with_a_wrong_digest_is_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let Some(options) = options(dir.path()) else { return };
-    let image = image();
-    type Twist = fn(&TestImage, &Request, Answer) -> Answer;
-    type Expected = fn(&ImageError) -> bool;
-    let twists: [(Twist, Expected); 4] = [
-        (
-            |image, request, (head, mut body)| {
-                if is_layer(image, &request.path) {
-                    body[1000] ^= 1;
-                }
-                (head, body)
-            },
-            |error| matches!(error, ImageError::DigestMismatch { .. }),
-        ),
-        (
-            |image, request, (head, mut body)| {
-                if is_layer(image, &request.path) {
-                    body.extend(vec![0; 1000]);
-                }
-                (head, body)
-            },
-            |error| matches!(error, ImageError::TooLarge { .. }),
-        ),
-        (
-            |_, request, (head, body)| {
-                if request.path.contains("/manifests/") { (head, vec![b' '; 5 << 20]) } else { (head, body) }
-            },
-            |error| matches!(error, ImageError::TooLarge { .. }),
-        ),
-        (
-            |_, request, (_, body)| (format!("302 Found\r\nLocation: {}", request.path), body),
-            |error| error.to_string().contains("redirects too often"),
-        ),
-    ];
-    for (number, (twist, expected)) in twists.into_iter().enumerate() {
-        let documents = documents(&image);
-        let server =
-            Server::start(move |request| twist(&self::image(), request, find(&documents, &request.path)));
-        let (store, name) = open(&options, &server).await;
-        let error = store.pull(&name, None).await.unwrap_err();
-        assert!(expected(&error), "twist {number}: {error}");
-        assert!(store.list().is_empty());
-    }
-    // By digest, another manifest than the one asked for.
-    let documents = documents(&image);
-    let server = Server::start(move |_| ("200 OK".into(), documents["manifests/v1"].clone()));
+    let options = options(dir.path());
+    let documents = documents(&image());
+    let server = Server::start(move |_| ("200 OK".to_owned(), documents["manifests/v1"].clone()));
     let (store, _) = open(&options, &server).await;
     let name = format!("{}/app@{}", server.address, Digest::of(b"another")).parse().unwrap();
     let error = store.pull(&name, None).await.unwrap_err();
     assert!(matches!(error, ImageError::DigestMismatch { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn an_oversized_layer_is_cut_off() {
+    let error = refused(|request, (head, mut body)| {
+        if is_layer(&image(), &request.path) {
+            body.extend(vec![0; 1000]);
+        }
+        (head, body)
+    })
+    .await;
+    assert!(matches!(error, ImageError::TooLarge { .. }), "{error}");
+}
+
+/// The manifest with another size of the layer.
+fn with_layer_size(body: &[u8], size: u64) -> Vec<u8> {
+    let mut manifest: serde_json::Value = serde_json::from_slice(body).unwrap();
+    manifest["layers"][0]["size"] = size.into();
+    manifest.to_string().into_bytes()
+}
+
+#[tokio::test]
+async fn a_layer_whose_size_lies_is_refused() {
+    let lie = |size: u64| {
+        refused(move |request, (head, body)| match request.path.contains("/manifests/") {
+            true => (head, with_layer_size(&body, size)),
+            false => (head, body),
+        })
+    };
+    let small = lie(1000).await;
+    assert!(matches!(small, ImageError::TooLarge { limit: 1000, .. }), "{small}");
+    let empty = lie(0).await;
+    assert!(matches!(empty, ImageError::DigestMismatch { .. }), "{empty}");
+    let huge = lie(u64::MAX).await;
+    assert!(matches!(huge, ImageError::TooLarge { .. }), "{huge}");
+}
+
+#[tokio::test]
+async fn a_layer_that_ends_before_its_size_is_given_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = options(dir.path());
+    let documents = documents(&image());
+    let server = Server::start(move |request| {
+        let (head, body) = find(&documents, &request.path);
+        match request.path.contains("/manifests/") {
+            true => (head, with_layer_size(&body, 10 << 20)),
+            false => (head, body),
+        }
+    });
+    let (store, name) = open(&options, &server).await;
+    let error = store.pull(&name, None).await.unwrap_err();
+    assert!(error.to_string().contains("it ended after"), "{error}");
+    assert!(store.list().is_empty());
+}
+
+#[tokio::test]
+async fn a_layer_larger_than_the_disk_is_refused_before_a_byte_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = atoll_runtime::images::StoreOptions { reserve: u64::MAX / 2, ..options(dir.path()) };
+    let documents = documents(&image());
+    let server = Server::start(move |request| find(&documents, &request.path));
+    let (store, name) = open(&options, &server).await;
+    let error = store.pull(&name, None).await.unwrap_err();
+    assert!(matches!(error, ImageError::Full { .. }), "{error}");
+    assert_eq!(server.asked().len(), 2, "manifest and config only");
+}
+
+#[tokio::test]
+async fn a_manifest_of_ten_megabytes_is_refused() {
+    let error = refused(|request, (head, body)| {
+        if request.path.contains("/manifests/") { (head, vec![b' '; 10 << 20]) } else { (head, body) }
+    })
+    .await;
+    assert!(matches!(error, ImageError::TooLarge { .. }), "{error}");
+    assert!(error.to_string().starts_with("the manifest of "), "{error}");
+}
+
+#[tokio::test]
+async fn two_pods_that_pull_one_image_at_once_share_the_download() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = options(dir.path());
+    let image = image();
+    let layer = Digest::of(&registry::pack(&image.layers[0].0, Packing::Plain));
+    let documents = documents(&image);
+    let server = Server::start(move |request| find(&documents, &request.path));
+    let (store, name) = open(&options, &server).await;
+    let pulls = (0..8).map(|_| {
+        let (store, name) = (store.clone(), name.clone());
+        tokio::spawn(async move { store.pull(&name, None).await.unwrap() })
+    });
+    let pulls: Vec<_> = pulls.collect();
+    for pull in pulls {
+        pull.await.unwrap();
+    }
+    assert_eq!(server.count(layer.as_str()), 1, "the layer came once");
+    assert_eq!(store.list().len(), 1);
+    assert_eq!(files_below(&options.root.join("layers")), 1);
+}
+
+#[tokio::test]
+async fn one_of_two_pods_may_give_its_pull_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = options(dir.path());
+    let documents = documents(&image());
+    let server = Server::start(move |request| find(&documents, &request.path));
+    let (store, name) = open(&options, &server).await;
+    for _ in 0..10 {
+        let (other, its) = (store.clone(), name.clone());
+        let given_up = tokio::spawn(async move { other.pull(&its, None).await });
+        let pulled = store.pull(&name, None);
+        tokio::task::yield_now().await;
+        given_up.abort();
+        let id = pulled.await.unwrap();
+        let _ = given_up.await;
+        assert_eq!(store.layers(&id).unwrap().len(), 1);
+        store.remove(&id.to_string()).await.unwrap();
+    }
+    store.pull(&name, None).await.unwrap();
+    assert_eq!(files_below(&options.root.join("tmp")), 0);
 }

@@ -1,60 +1,14 @@
-//! `atoll-guest`: PID 1 inside an Atoll microVM, the one program of its initramfs.
+//! `atoll-guest`: the program around the library, whose documentation says what it does.
 //!
-//! ```text
-//! boot ─► rpc (dials the runtime over vsock) ─► guest (one method per call) ─► containers
-//!                                                  │ spawns `atoll-guest stage` ─► exec of the container's command
-//! reap (main thread) ─► process exits ─► stdio pump of that process ─► events ─► rpc
-//! ```
-//!
-//! Plain threads, no async runtime: a guest has a few processes, and each has one thread that moves its bytes.
-//! Invariants: PID 1 never exits and never panics the kernel (a failure is logged to the console and the machine
-//! reset, which the VMM takes as the end); nothing in a container stops when the runtime's connection breaks.
-//!
-//! The symbol `main` lives in [`sys`]: the standard library's start-up aborts when the three standard
-//! descriptors are closed and `/dev/null` is missing, which is how the kernel starts us.
+//! The symbol `main` is given here: the standard library's start-up aborts when the three standard descriptors are closed
+//! and `/dev/null` is missing, which is how the kernel starts us.
 
-#![cfg_attr(not(test), no_main)]
+#![no_main]
 
-mod boot;
-mod cgroup;
-mod container;
-mod error;
-mod events;
-mod exec;
-mod guest;
-mod layers;
-mod log;
-mod mount;
-mod network;
-mod options;
-mod power;
-mod process;
-mod reap;
-mod resolve;
-mod rootfs;
-mod rpc;
-mod stage;
-mod stats;
-mod stdio;
-mod sys;
-mod transport;
-mod tree;
-mod user;
-mod volumes;
+use std::ffi::{c_char, c_int};
 
-use options::Mode;
-
-#[cfg_attr(test, expect(dead_code, reason = "the test harness brings its own main"))]
-/// Called by `main` in [`sys`] with the arguments of the process.
-fn run(args: &[String]) -> i32 {
-    match options::parse(args) {
-        Ok(Mode::Machine(options)) => boot::machine(options),
-        Ok(Mode::Rehearsal(options)) => boot::rehearsal(options),
-        Ok(Mode::Stage) => stage::main(),
-        Ok(Mode::Pause { empty }) => stage::pause(&empty),
-        Err(message) => {
-            eprintln!("atoll-guest: {message}");
-            2
-        }
-    }
+/// Entry of the program. The C runtime calls it once; no other crate defines the symbol because of `no_main`.
+#[unsafe(no_mangle)]
+pub extern "C" fn main(argc: c_int, argv: *const *const c_char) -> c_int {
+    atoll_guest::start(argc, argv)
 }

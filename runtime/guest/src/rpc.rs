@@ -81,16 +81,21 @@ fn send(outbox: &Outbox, mut writer: Connection, generation: u64) {
 
 /// Answers a request that this guest does not understand, as far as its number can be read.
 fn refuse(outbox: &Outbox, generation: u64, frame: &[u8], error: &serde_json::Error) {
+    match not_understood(frame, error) {
+        Some((id, why)) => outbox.answer(generation, id, Err(why)),
+        None => log::line(&format!("a request was not understood: {error}")),
+    }
+}
+
+/// The answer to such a request, and its number.
+pub fn not_understood(frame: &[u8], error: &serde_json::Error) -> Option<(u64, GuestError)> {
     #[derive(serde::Deserialize)]
     struct Numbered {
         id: u64,
     }
-    let Ok(Numbered { id }) = serde_json::from_slice(frame) else {
-        log::line(&format!("a request was not understood: {error}"));
-        return;
-    };
+    let Numbered { id } = serde_json::from_slice(frame).ok()?;
     let message = format!("request not understood by this guest: {error}");
-    outbox.answer(generation, id, Err(GuestError { kind: GuestErrorKind::Invalid, message }));
+    Some((id, GuestError { kind: GuestErrorKind::Invalid, message }))
 }
 
 fn dispatch(guest: &Arc<Guest>, request: Request, generation: u64, calls: &Arc<Slots>) {

@@ -16,13 +16,14 @@ mod kept;
 mod packet;
 
 pub use kept::Counts;
+pub use packet::next_packet;
 
 use crate::log;
 use crate::reap::Ending;
 use crate::transport::Connection;
 use atoll_spec::guest::{Channel, MAX_PACKET, OUTPUT_WINDOW};
 use kept::Kept;
-use packet::{HEADER, next_packet, packet};
+use packet::{HEADER, packet};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::termios::{Winsize, tcsetwinsize};

@@ -8,11 +8,12 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 use std::time::Duration;
 
-/// Entry of the program: the start of the standard library is skipped (see `main.rs`).
-#[cfg(not(test))]
-// SAFETY: the C runtime calls `main` exactly once; no other crate defines the symbol because of `no_main`.
-#[unsafe(no_mangle)]
-pub extern "C" fn main(argc: c_int, argv: *const *const c_char) -> c_int {
+/// Runs the program with the arguments that `main` got from the C runtime.
+#[expect(
+    clippy::not_unsafe_ptr_arg_deref,
+    reason = "called by `main` alone, with what the C runtime gave it"
+)]
+pub fn start(argc: c_int, argv: *const *const c_char) -> c_int {
     let count = usize::try_from(argc).unwrap_or(0);
     let args: Vec<String> = (0..count)
         .map(|index| {

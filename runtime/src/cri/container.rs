@@ -201,7 +201,7 @@ fn wire_mount(mount: &MountSpec) -> Mount {
     }
 }
 
-fn resources(linux: LinuxContainerResources) -> Resources {
+pub(super) fn resources(linux: LinuxContainerResources) -> Resources {
     Resources {
         cpu_period: linux.cpu_period,
         cpu_quota: linux.cpu_quota,
@@ -296,7 +296,7 @@ fn check_profiles(name: &str, security: &LinuxContainerSecurityContext) -> Resul
 }
 
 /// Reads a container config; refuses what a VM cannot honestly give.
-fn container_spec(config: ContainerConfig) -> Result<ContainerSpec, Status> {
+pub(super) fn container_spec(config: ContainerConfig) -> Result<ContainerSpec, Status> {
     let name = config.metadata.ok_or_else(|| missing("config.metadata"))?;
     let image = config.image.ok_or_else(|| missing("config.image"))?;
     let linux = config.linux.unwrap_or_default();

@@ -80,7 +80,7 @@ fn wire_image(image: &StoredImage) -> Image {
 }
 
 /// Credentials of a pull; an empty message means none.
-fn auth(config: AuthConfig) -> Result<Option<Auth>, Status> {
+pub(super) fn auth(config: AuthConfig) -> Result<Option<Auth>, Status> {
     if !config.identity_token.is_empty() {
         return Ok(Some(Auth::Identity(config.identity_token)));
     }

@@ -6,6 +6,8 @@
 
 mod container;
 mod events;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod image;
 mod runtime;
 mod sandbox;
@@ -49,6 +51,7 @@ pub fn status(error: Error) -> Status {
         }
         Error::Image(ImageError::Reference { .. }) => Status::invalid_argument(message),
         Error::Image(ImageError::Denied { .. }) => Status::permission_denied(message),
+        Error::Image(ImageError::Full { .. }) => Status::resource_exhausted(message),
         Error::Image(ImageError::Deadline { .. }) => Status::deadline_exceeded(message),
         Error::Image(_) | Error::Guest { .. } | Error::Io { .. } | Error::Step { .. } => {
             Status::unknown(message)

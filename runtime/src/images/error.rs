@@ -114,6 +114,21 @@ pub enum ImageError {
         /// Its deadline.
         seconds: u64,
     },
+    /// The file system of the store has no room.
+    #[error(
+        "no room for {what}: {available} bytes are free in {path}, which keeps {reserve} free for the host; remove images or pods that are not needed, or give the host a larger disk",
+        path = path.display()
+    )]
+    Full {
+        /// What was to be stored.
+        what: String,
+        /// The store.
+        path: PathBuf,
+        /// Bytes that are free.
+        available: u64,
+        /// Bytes of them that images never take.
+        reserve: u64,
+    },
     /// The host's file system.
     #[error("cannot {operation} {path}: {source}", path = path.display())]
     Io {

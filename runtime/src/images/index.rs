@@ -100,7 +100,11 @@ impl Layout {
             file.write_all(&text)?;
             file.sync_all()
         };
-        write().map_err(ImageError::io("write", &partial))?;
+        if let Err(error) = write() {
+            // Half a record is of no use, and where the disk is full its bytes are.
+            let _ = std::fs::remove_file(&partial);
+            return Err(ImageError::io("write", &partial)(error));
+        }
         std::fs::rename(&partial, &path).map_err(ImageError::io("rename to", &path))?;
         sync_directory(&self.root.join(IMAGES))
     }

@@ -39,7 +39,19 @@ pub fn close(openings: &Openings<'_>) -> Result<(), String> {
     }
     rustix::thread::set_no_new_privs(true).map_err(|error| format!("cannot set no_new_privs: {error}"))?;
     restrict_files(openings)?;
-    restrict_calls()
+    restrict_calls()?;
+    end_with_the_parent().map_err(|error| format!("cannot tie itself to the runtime: {error}"))
+}
+
+/// A runtime that is killed leaves no helper behind. Not before the change of users, which would undo it.
+fn end_with_the_parent() -> std::io::Result<()> {
+    Ok(rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?)
+}
+
+/// Makes what a command starts end with this process, which has one thread.
+pub fn tie(command: &mut std::process::Command) -> &mut std::process::Command {
+    // SAFETY: between fork and exec nothing is done but one system call.
+    unsafe { std::os::unix::process::CommandExt::pre_exec(command, end_with_the_parent) }
 }
 
 /// Not the size of files: mkfs.erofs makes a sparse one as large as can be. The scanner bounds what is written.

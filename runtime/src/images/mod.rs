@@ -12,12 +12,15 @@
 
 mod digest;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod index;
 mod jail;
 mod manifest;
 mod pull;
 mod reference;
 mod registry;
+mod room;
 mod scratch;
 mod store;
 mod tarscan;
@@ -91,6 +94,25 @@ pub struct StoreOptions {
     pub helper_paths: Vec<PathBuf>,
     /// Longest time for one pull.
     pub pull_deadline: Duration,
+    /// Longest waits for a registry.
+    pub patience: Patience,
+    /// Bytes of the file system that images leave free.
+    pub reserve: u64,
+}
+
+/// How long a registry may say nothing before the connection counts as broken.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// Before the head of an answer.
+    pub head: Duration,
+    /// Within a body.
+    pub silence: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self { head: Duration::from_secs(60), silence: Duration::from_secs(30) }
+    }
 }
 
 impl StoreOptions {
@@ -105,6 +127,8 @@ impl StoreOptions {
             helper_uid: Some(65534),
             helper_paths: Vec::new(),
             pull_deadline: Duration::from_secs(30 * 60),
+            patience: Patience::default(),
+            reserve: 256 << 20,
         }
     }
 }

@@ -5,20 +5,19 @@ use super::digest::Digest;
 use super::error::ImageError;
 use super::manifest::{self, Config, Descriptor, Document, Manifest};
 use super::reference::ImageRef;
-use super::registry::{HttpError, SharedRegistry, next_chunk};
+use super::registry::{Body, HttpError, SharedRegistry, next_chunk};
+use super::room;
 use super::scratch::Scratch;
-use http::StatusCode;
+use http::{Response, StatusCode};
 use sha2::{Digest as _, Sha256};
 use std::fs::File;
 use std::io::{Seek as _, Write as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// An index may point to an index, hardly more.
 const MAX_INDEXES: usize = 3;
-/// Longest silence within a body.
-const SILENCE: Duration = Duration::from_secs(30);
 /// How often a broken download is taken up again without a byte gained in between.
 const MAX_BREAKS: u32 = 4;
 /// Largest compressed layer.
@@ -130,12 +129,16 @@ pub async fn download(
     if layer.size > MAX_BLOB {
         return Err(ImageError::TooLarge { what: format!("layer {}", layer.digest), limit: MAX_BLOB });
     }
+    room::for_up_to(options, &format!("layer {}", layer.digest), layer.size)?;
     let (scratch, file) = Scratch::file(&options.root, "blob")?;
-    let mut download = Download { layer, scratch, file, hasher: Sha256::new(), received: 0, progress };
+    let mut download =
+        Download { layer, options, scratch, file, hasher: Sha256::new(), received: 0, progress };
     let mut breaks = 0;
     while download.received < layer.size {
         let before = download.received;
-        match download.go_on(registry).await {
+        // Asking has its own tries; what is tried again here is a body that broke off.
+        let response = registry.blob(&layer.digest, before).await?;
+        match download.go_on(registry, response).await {
             Ok(()) => {}
             Err(error) if error.is_transient() => {
                 breaks = if download.received > before { 1 } else { breaks + 1 };
@@ -154,6 +157,7 @@ pub async fn download(
 
 struct Download<'a> {
     layer: &'a Descriptor,
+    options: &'a StoreOptions,
     scratch: Scratch,
     file: File,
     hasher: Sha256,
@@ -163,15 +167,14 @@ struct Download<'a> {
 
 impl Download<'_> {
     /// Reads until the end of the blob or a break.
-    async fn go_on(&mut self, registry: &SharedRegistry) -> Result<(), ImageError> {
+    async fn go_on(&mut self, registry: &SharedRegistry, response: Response<Body>) -> Result<(), ImageError> {
         let what = format!("layer {}", self.layer.digest);
-        let response = registry.blob(&self.layer.digest, self.received).await?;
         if self.received > 0 && response.status() != StatusCode::PARTIAL_CONTENT {
             self.start_over()?;
         }
         let mut body = response.into_body();
         let broken = |error: HttpError| registry.error(&what, error);
-        while let Some(chunk) = next_chunk(&mut body, SILENCE).await.map_err(broken)? {
+        while let Some(chunk) = next_chunk(&mut body, self.options.patience.silence).await.map_err(broken)? {
             let length = chunk.len() as u64;
             if self.received + length > self.layer.size {
                 return Err(ImageError::TooLarge { what, limit: self.layer.size });

@@ -11,7 +11,7 @@ use super::pull::{Progress, Resolved, download, resolve};
 use super::reference::ImageRef;
 use super::registry::{Registry, SharedRegistry};
 use super::unpack::unpack;
-use super::{Auth, FsUsage, Image, ImageConfig, ImageId, LayerFile, StoreOptions, scratch};
+use super::{Auth, FsUsage, Image, ImageConfig, ImageId, LayerFile, StoreOptions, room, scratch};
 use atoll_spec::node::RegistriesConfig;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -27,6 +27,8 @@ const UNPACKS: usize = 2;
 const REPORT: Duration = Duration::from_secs(5);
 /// Shortest beginning of an id that names an image.
 const MIN_PREFIX: usize = 8;
+/// How long the finished layers of a broken pull wait for the next try.
+const KEEP_INTERRUPTED: Duration = Duration::from_secs(3600);
 
 #[derive(Default)]
 struct State {
@@ -34,8 +36,19 @@ struct State {
     sequence: u64,
     /// Layers kept by sandboxes and by pulls, with how often.
     holds: HashMap<String, Vec<Digest>>,
+    /// Pulls that broke off, whose holds still stand.
+    interrupted: Vec<Interrupted>,
     /// One lock for each layer that is being fetched.
     fetching: HashMap<Digest, Weak<tokio::sync::Mutex<()>>>,
+}
+
+/// A pull that broke off: trying again goes on with the layers that were done.
+struct Interrupted {
+    /// Of its hold.
+    owner: String,
+    /// What was pulled.
+    name: String,
+    at: Instant,
 }
 
 impl State {
@@ -95,17 +108,36 @@ impl Shared {
             self.sweep(&state, layers);
         }
     }
+
+    /// Ends the holds of those broken pulls that are `over`.
+    fn forget_interrupted(&self, over: impl Fn(&Interrupted) -> bool) {
+        let mut state = self.lock();
+        let (over, kept): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut state.interrupted).into_iter().partition(over);
+        state.interrupted = kept;
+        let layers: Vec<Digest> =
+            over.iter().filter_map(|pull| state.holds.remove(&pull.owner)).flatten().collect();
+        self.sweep(&state, layers);
+    }
 }
 
 /// A pull's hold on its layers, until its record does that.
 struct PullHold {
     shared: Arc<Shared>,
     owner: String,
+    name: String,
+    /// Trying again cannot help, or is not needed.
+    over: bool,
 }
 
 impl Drop for PullHold {
     fn drop(&mut self) {
-        self.shared.release(&self.owner);
+        if self.over {
+            self.shared.release(&self.owner);
+        } else {
+            let (owner, name) = (self.owner.clone(), self.name.clone());
+            self.shared.lock().interrupted.push(Interrupted { owner, name, at: Instant::now() });
+        }
     }
 }
 
@@ -136,8 +168,18 @@ impl ImageStore {
     /// Pulls an image, or finds that it is here already in this very version. Safe to call many times at once; a dropped
     /// future leaves nothing behind.
     pub async fn pull(&self, reference: &ImageRef, auth: Option<Auth>) -> Result<ImageId, ImageError> {
-        let deadline = self.shared.options.pull_deadline;
+        self.shared.forget_interrupted(|pull| pull.at.elapsed() > KEEP_INTERRUPTED);
+        let options = &self.shared.options;
+        let deadline = options.pull_deadline;
         match tokio::time::timeout(deadline, self.pull_now(reference, auth)).await {
+            Ok(Err(error)) if is_full(&error) => {
+                // Layers that wait for another try go first.
+                self.shared.forget_interrupted(|_| true);
+                match error {
+                    ImageError::Io { .. } => Err(room::full(options, &format!("image {reference}"))),
+                    told => Err(told),
+                }
+            }
             Ok(result) => result,
             Err(_) => Err(ImageError::Deadline {
                 what: format!("the pull of {reference}"),
@@ -149,26 +191,30 @@ impl ImageStore {
     async fn pull_now(&self, reference: &ImageRef, auth: Option<Auth>) -> Result<ImageId, ImageError> {
         let started = Instant::now();
         let options = &self.shared.options;
-        let registry = Registry::new(reference, auth, &read_registries(options)?, &options.system_ca)?;
+        let registry =
+            Registry::new(reference, auth, &read_registries(options)?, &options.system_ca, options.patience)?;
         let registry: SharedRegistry = Arc::new(registry);
         let resolved = resolve(&registry, reference).await?;
-        let hold = self.hold_for_pull(&resolved);
         let name = reference.to_string();
-        let layers = self.fetch_layers(&registry, &resolved, &name).await?;
+        let mut hold = self.hold_for_pull(&resolved, &name);
+        let fetched = self.fetch_layers(&registry, &resolved, &name).await;
+        hold.over = !fetched.as_ref().is_err_and(ImageError::is_transient);
+        let layers = fetched?;
         let (id, count) = (resolved.config.id.clone(), layers.len());
         self.record(reference, resolved, layers)?;
         drop(hold);
+        self.shared.forget_interrupted(|pull| pull.name == name);
         tracing::info!("pulled {name}: {id}, {count} layers, {:.1} s", started.elapsed().as_secs_f32());
         Ok(id)
     }
 
-    fn hold_for_pull(&self, resolved: &Resolved) -> PullHold {
+    fn hold_for_pull(&self, resolved: &Resolved, name: &str) -> PullHold {
         let mut state = self.shared.lock();
         state.sequence += 1;
         // No sandbox id has a space.
         let owner = format!("pull {}", state.sequence);
         state.holds.insert(owner.clone(), resolved.config.diff_ids.clone());
-        PullHold { shared: Arc::clone(&self.shared), owner }
+        PullHold { shared: Arc::clone(&self.shared), owner, name: name.to_owned(), over: false }
     }
 
     /// Brings all layers here, side by side.
@@ -300,6 +346,7 @@ impl ImageStore {
 
     /// What the store takes of its file system.
     pub fn fs_usage(&self) -> Result<FsUsage, ImageError> {
+        self.shared.forget_interrupted(|pull| pull.at.elapsed() > KEEP_INTERRUPTED);
         let root = &self.shared.options.root;
         let (used_bytes, used_inodes) = self.shared.layout.usage()?;
         let file_system = rustix::fs::statvfs(root)
@@ -311,6 +358,14 @@ impl ImageStore {
             capacity_bytes: file_system.f_blocks * file_system.f_frsize,
             available_bytes: file_system.f_bavail * file_system.f_frsize,
         })
+    }
+}
+
+fn is_full(error: &ImageError) -> bool {
+    match error {
+        ImageError::Full { .. } => true,
+        ImageError::Io { source, .. } => room::is_lacking(source),
+        _ => false,
     }
 }
 

@@ -26,6 +26,9 @@ const MAX_PENDING: usize = 4 << 20;
 const MAX_PATH: usize = 4096;
 const MAX_NAME: usize = 255;
 
+/// The error for an archive that the disk has no room for, in the words of mkfs.erofs.
+pub const NO_ROOM: &str = "No space left on device";
+
 /// Bounds of one layer.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
@@ -33,11 +36,13 @@ pub struct Limits {
     pub bytes: u64,
     /// Entries.
     pub entries: u64,
+    /// Bytes that there is room for.
+    pub room: u64,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { bytes: 64 << 30, entries: 2_000_000 }
+        Self { bytes: 64 << 30, entries: 2_000_000, room: u64::MAX }
     }
 }
 
@@ -115,6 +120,9 @@ impl Scanner {
         self.bytes += bytes.len() as u64;
         if self.bytes > self.limits.bytes {
             return Err(format!("it unpacks to more than {} bytes", self.limits.bytes));
+        }
+        if self.bytes > self.limits.room {
+            return Err(NO_ROOM.to_owned());
         }
         let mut rest = bytes;
         while !rest.is_empty() && self.part != Part::End {
@@ -304,6 +312,9 @@ impl Scanner {
         };
         if size > self.limits.bytes {
             return Err(format!("its file '{}' has {size} bytes", show(&path)));
+        }
+        if size > self.limits.room {
+            return Err(NO_ROOM.to_owned());
         }
         self.place(&path, kind == b'5')?;
         self.out.append(&mut self.pending);

@@ -3,7 +3,9 @@
 use super::StoreOptions;
 use super::digest::Digest;
 use super::error::ImageError;
+use super::room;
 use super::scratch::Scratch;
+use super::tarscan::NO_ROOM;
 use super::unpacker::{Job, OUTPUT, program_paths};
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -35,6 +37,8 @@ pub async fn unpack(
     blob: &Scratch,
     diff_id: &Digest,
 ) -> Result<Unpacked, ImageError> {
+    let what = format!("layer {diff_id}");
+    let room = room::for_up_to(options, &what, 0)?;
     let work = Scratch::directory(&options.root, options.helper_uid)?;
     let input = std::fs::File::open(blob.path()).map_err(ImageError::io("open", blob.path()))?;
     let mut programs = program_paths(&options.mkfs_erofs);
@@ -45,6 +49,7 @@ pub async fn unpack(
         work: ".".into(),
         diff_id: diff_id.clone(),
         uid: options.helper_uid,
+        room,
         programs,
     };
     let mut child = Command::new(&options.helper)
@@ -77,6 +82,9 @@ pub async fn unpack(
     // Waited for: its number may be another's from now on.
     group.forget();
     if !status.success() {
+        if words.contains(NO_ROOM) || room::for_up_to(options, &what, 0).is_err() {
+            return Err(room::full(options, &what));
+        }
         // What mkfs.erofs said comes before what the helper made of it.
         let lines: Vec<&str> = words.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
         let last = lines[lines.len().saturating_sub(3)..].join("; ");

@@ -35,6 +35,8 @@ pub struct Job {
     pub diff_id: Digest,
     /// Who to become.
     pub uid: Option<u32>,
+    /// Bytes that the work may take of the disk.
+    pub room: u64,
     /// More places that the program is made of.
     pub programs: Vec<PathBuf>,
 }
@@ -48,6 +50,7 @@ impl Job {
             self.work.clone().into(),
             self.diff_id.as_str().into(),
             self.uid.map_or_else(|| "-".to_owned(), |uid| uid.to_string()).into(),
+            self.room.to_string().into(),
         ];
         arguments.extend(self.programs.iter().map(|path| path.clone().into()));
         arguments
@@ -55,7 +58,7 @@ impl Job {
 
     /// From the arguments after the role.
     fn parse(arguments: &[String]) -> Option<Self> {
-        let [mkfs_erofs, work, diff_id, uid, programs @ ..] = arguments else { return None };
+        let [mkfs_erofs, work, diff_id, uid, room, programs @ ..] = arguments else { return None };
         let uid = match uid.as_str() {
             "-" => None,
             number => Some(number.parse().ok()?),
@@ -65,6 +68,7 @@ impl Job {
             work: work.into(),
             diff_id: diff_id.parse().ok()?,
             uid,
+            room: room.parse().ok()?,
             programs: programs.iter().map(PathBuf::from).collect(),
         })
     }
@@ -74,7 +78,7 @@ impl Job {
 pub fn main(arguments: &[String]) -> ExitCode {
     let Some(job) = Job::parse(arguments) else {
         eprintln!(
-            "usage: {ROLE} MKFS WORK DIFF_ID UID|- [PROGRAM-PATH…]: called by the runtime, not by people"
+            "usage: {ROLE} MKFS WORK DIFF_ID UID|- ROOM [PROGRAM-PATH…]: called by the runtime, not by people"
         );
         return ExitCode::from(2);
     };
@@ -88,11 +92,16 @@ pub fn main(arguments: &[String]) -> ExitCode {
 }
 
 fn run(job: &Job) -> Result<(), String> {
-    let limits = Limits::default();
+    // mkfs.erofs keeps the content of files in a temporary one beside its output.
+    let limits = Limits { room: job.room / 2, ..Limits::default() };
     let openings = jail::Openings { work: &job.work, programs: &job.programs, uid: job.uid };
     jail::close(&openings)?;
     let mut child = start_mkfs(job)?;
     let outcome = feed(job, limits, &mut child);
+    if outcome.is_err() {
+        // Seen: mkfs.erofs 1.8 never comes to an end when its input stops in the middle of a file.
+        child.kill().map_err(|error| format!("cannot end mkfs.erofs: {error}"))?;
+    }
     // Its input is closed by now, so it comes to an end.
     let status = child.wait().map_err(|error| format!("cannot wait for mkfs.erofs: {error}"))?;
     outcome?;
@@ -106,7 +115,7 @@ fn run(job: &Job) -> Result<(), String> {
 
 fn start_mkfs(job: &Job) -> Result<Child, String> {
     // Same input, same file: no random UUID, and no time but those in the archive.
-    Command::new(&job.mkfs_erofs)
+    jail::tie(&mut Command::new(&job.mkfs_erofs))
         .args(["--tar=f", "--aufs", "--quiet", "-T0", "--mkfs-time", "-Uclear"])
         .arg(job.work.join(OUTPUT))
         .env_clear()
@@ -141,7 +150,7 @@ fn feed(job: &Job, limits: Limits, child: &mut Child) -> Result<(), String> {
 }
 
 /// By the first bytes: registries do not always tell the truth about types.
-fn decompress(input: impl Read + 'static) -> Result<Box<dyn Read>, String> {
+pub(super) fn decompress(input: impl Read + 'static) -> Result<Box<dyn Read>, String> {
     let mut input = BufReader::with_capacity(CHUNK, input);
     let head = input.fill_buf().map_err(|error| format!("cannot read the blob: {error}"))?;
     if head.starts_with(&[0x1f, 0x8b]) {
@@ -175,6 +184,7 @@ mod tests {
             work: "/data/images/tmp/x".into(),
             diff_id: Digest::of(b""),
             uid: Some(65534),
+            room: 1 << 30,
             programs: vec!["/usr".into()],
         };
         let arguments: Vec<String> =

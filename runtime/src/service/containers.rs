@@ -11,8 +11,8 @@ use crate::service::process::SIGTERM;
 use crate::service::{EventKind, Reply, RunningContainer, jobs, random_hex};
 use crate::spec::{ContainerSpec, Resources};
 use crate::vm::launch::unix_ns;
-use atoll_spec::guest::{ContainerPhase as GuestPhase, ContainerState, Event, Exit, GuestErrorKind};
-use atoll_spec::ids::{ContainerId, SandboxId};
+use atoll_spec::guest::{Exit, GuestErrorKind};
+use atoll_spec::ids::ContainerId;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -191,16 +191,7 @@ impl Owner {
     }
 
     /// An event of a guest: the end of a container is told once its last output is in the log.
-    pub(super) fn guest_event(&mut self, sandbox: &SandboxId, sequence: u64, event: Event) {
-        let Event::Exited { container, exit } = event;
-        self.note_exit(&container, exit);
-        let vm = self.sandboxes.get(sandbox).and_then(|s| s.vm.clone());
-        if let Some(vm) = vm {
-            self.jobs.spawn(jobs::acknowledge(vm, sequence));
-        }
-    }
-
-    fn note_exit(&mut self, id: &ContainerId, exit: Exit) {
+    pub(super) fn note_exit(&mut self, id: &ContainerId, exit: Exit) {
         let Some(container) = self.containers.get_mut(id) else { return };
         if matches!(container.phase, ContainerPhase::Exited { .. }) || container.ending.is_some() {
             return;
@@ -217,7 +208,7 @@ impl Owner {
     }
 
     /// Waits for the last output and copies files back, in a job.
-    fn finish_ending(&mut self, id: &ContainerId) {
+    pub(super) fn finish_ending(&mut self, id: &ContainerId) {
         let Some(container) = self.containers.get(id) else { return };
         let Some(ended) = container.ending.clone() else { return };
         let vm = self.sandboxes.get(&container.sandbox).and_then(|s| s.vm.clone());
@@ -373,54 +364,6 @@ impl Owner {
             spec: container.spec.clone(),
             console: container.console.clone(),
         })
-    }
-
-    /// Compares with what the guest says, after its connection came back.
-    pub(super) fn reconciled(&mut self, sandbox: &SandboxId, states: &[ContainerState]) {
-        for state in states {
-            // Half made or half removed when the runtime was restarted: nobody will ask for it again.
-            if !self.containers.contains_key(&state.container) {
-                if let Some(vm) = self.sandboxes.get(sandbox).and_then(|s| s.vm.clone()) {
-                    let id = state.container.clone();
-                    self.jobs.spawn(jobs::discard(vm, id));
-                }
-                continue;
-            }
-            match state.phase {
-                GuestPhase::Exited { exit } => {
-                    self.move_container(&state.container, &ContainerEvent::Started { at_ns: unix_ns() });
-                    self.note_exit(&state.container, exit);
-                }
-                GuestPhase::Running { .. } => {
-                    self.move_container(&state.container, &ContainerEvent::Started { at_ns: unix_ns() });
-                    // Whether it was open already makes no difference here.
-                    let _ = self.reopen_console(sandbox, &state.container);
-                }
-                GuestPhase::Created => {}
-            }
-        }
-    }
-
-    /// Opens the stdio of a container again, in a job, unless it is open or there is no guest; whether it does.
-    fn reopen_console(&mut self, sandbox: &SandboxId, id: &ContainerId) -> bool {
-        let vm = self.sandboxes.get(sandbox).and_then(|s| s.vm.clone());
-        let (Some(vm), Some(container)) = (vm, self.containers.get_mut(id)) else { return false };
-        if container.reopening || container.console.as_ref().is_some_and(|c| !c.is_drained()) {
-            return false;
-        }
-        container.reopening = true;
-        let (id, log_path, tty) = (id.clone(), container.log_path.clone(), container.spec.tty);
-        self.jobs.spawn(jobs::reopen_stdio(vm, id, log_path, tty));
-        true
-    }
-
-    pub(super) fn console_back(&mut self, id: &ContainerId, console: Option<Arc<Console>>) {
-        let Some(container) = self.containers.get_mut(id) else { return };
-        container.reopening = false;
-        container.console = console;
-        if container.ending.is_some() {
-            self.finish_ending(id);
-        }
     }
 }
 

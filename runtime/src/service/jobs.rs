@@ -251,10 +251,12 @@ pub(super) async fn remove(vm: Option<Arc<PodVm>>, id: &ContainerId) -> Result<(
 }
 
 /// Removes from a guest what the runtime does not know.
-pub(super) async fn discard(vm: Arc<PodVm>, id: ContainerId) -> Done {
-    tracing::info!(container = %id, "removing a container that a restart left half made or half removed");
-    if let Err(error) = remove(Some(vm), &id).await {
-        tracing::warn!(container = %id, %error, "cannot remove it");
+pub(super) async fn discard(vm: Arc<PodVm>, ids: Vec<ContainerId>) -> Done {
+    for id in ids {
+        tracing::info!(container = %id, "removing a container that a restart left half made or half removed");
+        if let Err(error) = remove(Some(vm.clone()), &id).await {
+            tracing::warn!(container = %id, %error, "cannot remove it");
+        }
     }
     Done::Nothing
 }
@@ -271,20 +273,20 @@ pub(super) async fn update_limits(
 }
 
 /// Tells the guest that events up to `sequence` are kept.
-pub(super) async fn acknowledge(vm: Arc<PodVm>, sequence: u64) -> Done {
+pub(super) async fn acknowledge(sandbox: SandboxId, vm: Arc<PodVm>, sequence: u64) -> Done {
     // When this fails, the guest sends them again, which changes nothing.
     let _ = vm.link.call(Call::AckEvents { sequence }, CALL_DEADLINE).await;
-    Done::Nothing
+    Done::Acknowledged(sandbox)
 }
 
 /// Asks a guest for its containers.
 pub(super) async fn list(sandbox: SandboxId, vm: Arc<PodVm>) -> Done {
     match vm.link.call(Call::List, CALL_DEADLINE).await {
-        Ok(Reply::Containers { containers }) => Done::Reconciled(sandbox, containers),
-        Ok(_) => Done::Nothing,
+        Ok(Reply::Containers { containers }) => Done::Reconciled(sandbox, Some(containers)),
+        Ok(_) => Done::Reconciled(sandbox, None),
         Err(error) => {
             tracing::warn!(%sandbox, %error, "cannot compare containers with the guest");
-            Done::Nothing
+            Done::Reconciled(sandbox, None)
         }
     }
 }
@@ -292,10 +294,10 @@ pub(super) async fn list(sandbox: SandboxId, vm: Arc<PodVm>) -> Done {
 /// Opens the stdio of a running container again.
 pub(super) async fn reopen_stdio(
     vm: Arc<PodVm>,
-    id: ContainerId,
+    id: &ContainerId,
     log_path: Option<PathBuf>,
     tty: bool,
-) -> Done {
+) -> Option<Arc<Console>> {
     let reopen = async {
         let log = match &log_path {
             Some(path) => Some(LogWriter::open(path).await?),
@@ -307,10 +309,10 @@ pub(super) async fn reopen_stdio(
         Ok::<_, Error>(Console::start(stream.take().await?, tty, log, receipts))
     };
     match reopen.await {
-        Ok(console) => Done::ConsoleBack(id, Some(console)),
+        Ok(console) => Some(console),
         Err(error) => {
             tracing::warn!(container = %id, %error, "cannot open the output of a container again");
-            Done::ConsoleBack(id, None)
+            None
         }
     }
 }

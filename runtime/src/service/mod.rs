@@ -12,6 +12,7 @@
 pub mod admission;
 pub mod container;
 mod containers;
+mod guests;
 mod jobs;
 mod owner;
 pub mod process;

@@ -8,6 +8,7 @@ use crate::console::Console;
 use crate::error::{Error, Result};
 use crate::notify;
 use crate::service::container::{ContainerEvent, ContainerPhase, Ended};
+use crate::service::guests::Attention;
 use crate::service::jobs;
 use crate::service::recover;
 use crate::service::sandbox::{SandboxEvent, SandboxPhase};
@@ -52,6 +53,7 @@ pub(super) struct Sandbox {
     pub unwinding: bool,
     pub stop_waiters: Vec<Reply<()>>,
     pub remove_waiters: Vec<Reply<()>>,
+    pub attention: Attention,
 }
 
 /// A container.
@@ -92,7 +94,8 @@ pub(super) enum Done {
     ContainerEnded(ContainerId, Ended),
     ContainerRemoved(ContainerId, Result<()>),
     LimitsChanged(ContainerId, Box<crate::spec::Resources>, Result<()>, Reply<()>),
-    Reconciled(SandboxId, Vec<ContainerState>),
+    Acknowledged(SandboxId),
+    Reconciled(SandboxId, Option<Vec<ContainerState>>),
     ConsoleBack(ContainerId, Option<Arc<Console>>),
     NetworkInstalled(Result<()>, Option<Reply<()>>),
     Nothing,
@@ -209,7 +212,8 @@ impl Owner {
             Done::LimitsChanged(id, resources, result, reply) => {
                 self.limits_changed(&id, *resources, result, reply)
             }
-            Done::Reconciled(id, states) => self.reconciled(&id, &states),
+            Done::Acknowledged(id) => self.acknowledged(&id),
+            Done::Reconciled(id, states) => self.reconciled(&id, states.as_deref()),
             Done::ConsoleBack(id, console) => self.console_back(&id, console),
             Done::NetworkInstalled(result, reply) => self.network_installed(result, reply),
             Done::Nothing => {}

@@ -7,6 +7,7 @@
 
 use crate::error::{Error, Result};
 use crate::service::container::{ContainerPhase, Ended};
+use crate::service::guests::Attention;
 use crate::service::owner::{Container, Owner, Sandbox};
 use crate::service::sandbox::SandboxPhase;
 use crate::spec::{ContainerSpec, SandboxSpec};
@@ -374,6 +375,7 @@ fn restore(record: Record) -> (Sandbox, Vec<Container>) {
         unwinding: false,
         stop_waiters: Vec::new(),
         remove_waiters: Vec::new(),
+        attention: Attention::default(),
     };
     (sandbox, containers)
 }

@@ -3,11 +3,10 @@
 use crate::error::{Error, Result};
 use crate::service::admission::{self, Admission};
 use crate::service::container::{CODE_VM_LOST, ContainerEvent, Ended, REASON_ERROR};
+use crate::service::guests::Attention;
 use crate::service::owner::{Done, Owner, Sandbox, answer};
 use crate::service::sandbox::{SandboxEvent, SandboxPhase};
-use crate::service::{
-    ContainerView, EventKind, Reply, RunningSandbox, SandboxView, jobs, random_hex, recover,
-};
+use crate::service::{ContainerView, EventKind, Reply, RunningSandbox, SandboxView, random_hex, recover};
 use crate::spec::SandboxSpec;
 use crate::vm::address::{GATEWAY, GATEWAY_MAC, MTU, PodCidr, pod_mac};
 use crate::vm::launch::{self, Plan, unix_ns};
@@ -73,6 +72,7 @@ impl Owner {
             unwinding: false,
             stop_waiters: Vec::new(),
             remove_waiters: Vec::new(),
+            attention: Attention::default(),
         };
         let plan = self.plan(&sandbox);
         self.sandboxes.insert(id.clone(), sandbox);
@@ -374,15 +374,6 @@ impl Owner {
         }
         if let Some(reply) = reply {
             answer(reply, result);
-        }
-    }
-
-    pub(super) fn guest_connected(&mut self, id: &SandboxId) {
-        let Some(sandbox) = self.sandboxes.get(id) else { return };
-        // While it is being launched, the launch itself speaks to the guest first.
-        if let (SandboxPhase::Ready, Some(vm)) = (&sandbox.phase, &sandbox.vm) {
-            let (id, vm) = (id.clone(), vm.clone());
-            self.jobs.spawn(jobs::list(id, vm));
         }
     }
 }

@@ -9,6 +9,8 @@
 //! is gone.
 
 mod forward;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod remote;
 mod server;
 pub mod spdy;

@@ -29,7 +29,7 @@ const RESIZE: u8 = 4;
 const CLOSE: u8 = 255;
 
 /// Largest message.
-const MAX_MESSAGE: usize = 1 << 20;
+pub(super) const MAX_MESSAGE: usize = 1 << 20;
 /// Largest piece of data in one message.
 const PIECE: usize = 32 << 10;
 /// How long the peer may take to close.
@@ -97,10 +97,8 @@ pub enum Received {
 impl Socket {
     /// Takes an upgraded connection.
     pub async fn new(upgraded: Upgraded, protocol: Protocol) -> Self {
-        let config =
-            WebSocketConfig::default().max_message_size(Some(MAX_MESSAGE)).max_frame_size(Some(MAX_MESSAGE));
-        let stream =
-            WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await;
+        let config = Some(config());
+        let stream = WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, config).await;
         Self { stream, protocol }
     }
 
@@ -109,6 +107,11 @@ impl Socket {
         let (sink, stream) = self.stream.split();
         (Sender { sink, protocol: self.protocol }, Receiver { stream, protocol: self.protocol })
     }
+}
+
+/// Bounds of what a client may send.
+pub(super) fn config() -> WebSocketConfig {
+    WebSocketConfig::default().max_message_size(Some(MAX_MESSAGE)).max_frame_size(Some(MAX_MESSAGE))
 }
 
 impl Receiver {
@@ -128,7 +131,7 @@ impl Receiver {
     }
 }
 
-fn decode(protocol: Protocol, message: &Bytes) -> Option<Received> {
+pub(super) fn decode(protocol: Protocol, message: &Bytes) -> Option<Received> {
     let (&channel, data) = message.split_first()?;
     if protocol.closes && channel == CLOSE {
         return data.first().map(|c| Received::Closed(*c));

@@ -11,16 +11,21 @@ use atoll_spec::guest::{Call, Event, FromGuest, GuestError, Hello, PROTOCOL, Rep
 use atoll_spec::ids::SandboxId;
 use atoll_spec::units::GuestCid;
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::io::{AsyncWriteExt, BufReader};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
 /// Time for the first frame of a connection.
 const HELLO_DEADLINE: Duration = Duration::from_secs(20);
 /// Time between an answer and the stream that it promised; the guest dials before it answers.
 const STREAM_DEADLINE: Duration = Duration::from_secs(20);
+/// Most connections of one guest that have not said hello, or wait to become its control connection.
+const MOST_GREETED: usize = 64;
+/// Least time between two control connections of one guest.
+const CONTROL_PACE: Duration = Duration::from_millis(20);
 
 /// What a guest says unasked.
 #[derive(Debug)]
@@ -66,6 +71,11 @@ struct Inner {
 /// The link to one guest.
 pub struct GuestLink {
     sandbox: SandboxId,
+    greeted: Arc<Semaphore>,
+    /// When the last control connection was taken.
+    pace: tokio::sync::Mutex<Option<tokio::time::Instant>>,
+    /// How often the guest did what guests do not do.
+    offences: AtomicU64,
     inner: Mutex<Inner>,
     phase: watch::Sender<Phase>,
     news: mpsc::Sender<GuestNews>,
@@ -75,11 +85,27 @@ impl GuestLink {
     /// A link that waits for its guest.
     pub fn new(sandbox: SandboxId, news: mpsc::Sender<GuestNews>) -> Arc<Self> {
         let inner = Inner { next_id: first_number(), ..Inner::default() };
-        Arc::new(Self { sandbox, inner: Mutex::new(inner), phase: watch::Sender::new(Phase::Waiting), news })
+        Arc::new(Self {
+            sandbox,
+            greeted: Arc::new(Semaphore::new(MOST_GREETED)),
+            pace: tokio::sync::Mutex::default(),
+            offences: AtomicU64::new(0),
+            inner: Mutex::new(inner),
+            phase: watch::Sender::new(Phase::Waiting),
+            news,
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells what the guest did wrong, less and less often: a hostile guest must not fill the log.
+    fn complain(&self, why: &str) {
+        let count = self.offences.fetch_add(1, Ordering::Relaxed) + 1;
+        if count.is_power_of_two() {
+            tracing::warn!(sandbox = %self.sandbox, count, "{why}");
+        }
     }
 
     fn lost(&self, why: &str) -> Error {
@@ -167,7 +193,7 @@ impl GuestLink {
     }
 
     /// Takes a control connection: reads it until it ends. A newer one replaces it.
-    async fn serve(self: Arc<Self>, stream: GuestStream, ready_us: u64) {
+    pub(super) async fn serve(self: Arc<Self>, stream: GuestStream, ready_us: u64) {
         let (from, mut to) = tokio::io::split(stream);
         let mut from = BufReader::new(from);
         let (sender, mut outgoing) = mpsc::channel::<Vec<u8>>(16);
@@ -207,7 +233,7 @@ impl GuestLink {
         // Either end of the connection ends both; neither future is used again, so cancelling one loses nothing.
         let result = tokio::select! { r = write => r, r = read => r };
         if let Err(error) = result {
-            tracing::info!(sandbox = %self.sandbox, %error, "connection to the guest broke");
+            self.complain(&format!("connection to the guest broke: {error}"));
         }
         let mut inner = self.lock();
         if inner.generation == generation {
@@ -241,11 +267,18 @@ impl GuestLink {
         }
     }
 
+    /// Nobody waits for anything.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn is_empty(&self) -> bool {
+        let inner = self.lock();
+        inner.pending.is_empty() && inner.streams.is_empty() && inner.control.is_none()
+    }
+
     fn deliver(&self, number: u64, stream: GuestStream) {
         match self.lock().streams.remove(&number) {
             Some(waiting) => drop(waiting.send(stream)),
             None => {
-                tracing::warn!(sandbox = %self.sandbox, stream = number, "the guest dialled a stream nobody asked for")
+                self.complain(&format!("the guest dialled stream {number}, which nobody asked for"));
             }
         }
     }
@@ -331,23 +364,36 @@ impl Door {
             while connections.try_join_next().is_some() {}
             let link = self.lock().get(&cid).cloned();
             match link {
-                Some(link) => drop(connections.spawn(greet(link, stream))),
+                Some(link) => match link.greeted.clone().try_acquire_owned() {
+                    Ok(place) => drop(connections.spawn(greet(link, stream, place))),
+                    Err(_) => link.complain("the guest has too many connections open that say nothing"),
+                },
                 None => tracing::warn!(cid = cid.get(), "refused a connection from an unknown guest"),
             }
         }
     }
 }
 
-async fn greet(link: Arc<GuestLink>, mut stream: GuestStream) {
+async fn greet(link: Arc<GuestLink>, mut stream: GuestStream, place: OwnedSemaphorePermit) {
     let hello = tokio::time::timeout(HELLO_DEADLINE, wire::read_frame::<Hello>(&mut stream)).await;
     match hello {
-        Ok(Ok(Some(Hello::Control { protocol: PROTOCOL, ready_us }))) => link.serve(stream, ready_us).await,
+        Ok(Ok(Some(Hello::Control { protocol: PROTOCOL, ready_us }))) => {
+            let mut last = link.pace.lock().await;
+            if let Some(last) = *last {
+                tokio::time::sleep_until(last + CONTROL_PACE).await;
+            }
+            *last = Some(tokio::time::Instant::now());
+            drop((last, place));
+            link.serve(stream, ready_us).await;
+        }
         Ok(Ok(Some(Hello::Control { protocol, .. }))) => {
-            tracing::error!(sandbox = %link.sandbox, protocol, "refused a guest that speaks another protocol: its initramfs is of another release");
+            link.complain(&format!(
+                "refused a guest that speaks protocol {protocol}: its initramfs is of another release"
+            ));
         }
         Ok(Ok(Some(Hello::Stream { stream: number }))) => link.deliver(number, stream),
         Ok(Ok(None)) => {}
-        Ok(Err(error)) => tracing::warn!(sandbox = %link.sandbox, %error, "unreadable hello"),
-        Err(_) => tracing::warn!(sandbox = %link.sandbox, "no hello in time"),
+        Ok(Err(error)) => link.complain(&format!("unreadable hello: {error}")),
+        Err(_) => link.complain("no hello in time"),
     }
 }

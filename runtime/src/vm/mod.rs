@@ -4,6 +4,8 @@
 
 pub mod address;
 pub mod client;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod guest;
 pub mod host;
 pub mod jail;

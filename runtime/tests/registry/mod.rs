@@ -1,5 +1,11 @@
 //! Registries for the tests: Debian's `docker-registry` on loopback, images put into it, mkfs.erofs to unpack with.
 
+pub mod scripted;
+
+use atoll_image::cache::Cache;
+use atoll_image::debian::Debian;
+use atoll_image::lock::{self, Lock};
+use atoll_image::profile::{Profile, TOOL_PACKAGES};
 use atoll_runtime::images::{Digest, StoreOptions};
 use flate2::Compression;
 use std::io::{Read as _, Write as _};
@@ -24,13 +30,8 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Over the given storage directory; `None` where the program is not installed.
-    pub fn start(storage: &Path, settings: &Settings) -> Option<Self> {
-        let program = ["/usr/bin/docker-registry"].into_iter().find(|path| Path::new(path).exists());
-        let Some(program) = program else {
-            eprintln!("skipped: docker-registry is not installed");
-            return None;
-        };
+    /// Over the given storage directory.
+    pub fn start(storage: &Path, settings: &Settings) -> Self {
         // Free a moment ago; a lost race shows as a failed start.
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
         let mut text = format!(
@@ -45,20 +46,20 @@ impl Registry {
         }
         let config = storage.join(format!("config-{}.yml", address.replace(':', "-")));
         std::fs::write(&config, text).unwrap();
-        let child = Command::new(program)
+        let child = Command::new("/usr/bin/docker-registry")
             .arg("serve")
             .arg(&config)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()
-            .unwrap();
+            .expect("Debian's docker-registry runs (`./just setup` installs it)");
         let registry = Self { child, address };
         let until = Instant::now() + DEADLINE;
         while TcpStream::connect(&registry.address).is_err() {
             assert!(Instant::now() < until, "docker-registry does not listen on {}", registry.address);
             std::thread::sleep(Duration::from_millis(20));
         }
-        Some(registry)
+        registry
     }
 
     /// Sends a request over plain HTTP; gives status and headers.
@@ -223,36 +224,28 @@ pub fn layer(files: &[(&str, &str)]) -> Vec<u8> {
     builder.into_inner().unwrap()
 }
 
-/// Debian 13's mkfs.erofs: the installed one, or the one in the build cache with the libraries it came with, copied to
-/// where every user can read it.
-pub fn mkfs_erofs(directory: &Path) -> Option<PathBuf> {
-    let installed = Path::new("/usr/bin/mkfs.erofs");
-    if installed.exists() && knows_tar(Command::new(installed)) {
-        return Some(installed.to_owned());
-    }
-    let found = cached_mkfs().and_then(|(program, root)| copy_program(&program, &root, directory));
-    if found.is_none() {
-        eprintln!("skipped: no mkfs.erofs 1.7 or newer, neither installed nor in the build cache");
-    }
-    found
+/// Debian 13's mkfs.erofs, from the packages that images are built with, copied with its libraries to where every user
+/// can read it.
+pub fn mkfs_erofs(directory: &Path) -> PathBuf {
+    let root = debian_tools().unwrap_or_else(|error| {
+        panic!("these tests need Debian 13's erofs-utils, which `./just build` fetches as well: {error}")
+    });
+    copy_program(&root.join("usr/bin/mkfs.erofs"), &root, directory)
+        .expect("mkfs.erofs is among the packages that images are built with")
 }
 
-fn knows_tar(mut command: Command) -> bool {
-    let output = command.arg("--help").output();
-    output.is_ok_and(|output| {
-        let text = [output.stdout, output.stderr].concat();
-        String::from_utf8_lossy(&text).contains("--tar")
-    })
-}
-
-fn cached_mkfs() -> Option<(PathBuf, PathBuf)> {
-    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-    let cache = cache.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")))?;
-    let roots = std::fs::read_dir(cache.join("atoll/merged")).ok()?;
-    roots.flatten().map(|root| root.path()).find_map(|root| {
-        let program = root.join("usr/bin/mkfs.erofs");
-        program.exists().then_some((program, root))
-    })
+/// The same directory of the build cache that the image builder makes.
+fn debian_tools() -> atoll_image::error::Result<PathBuf> {
+    let cache = Cache::from_env()?;
+    let debian = Debian::new(&cache);
+    let lock = debian.effective(&Lock::parse(lock::BUILT_IN)?, false)?;
+    let profile = Profile::load("release")?;
+    let mut names = profile.packages();
+    let more: Vec<&str> = TOOL_PACKAGES.iter().copied().filter(|name| !names.contains(name)).collect();
+    names.extend(more);
+    let packages =
+        names.into_iter().map(|name| lock.get(name)).collect::<atoll_image::error::Result<Vec<_>>>()?;
+    debian.merge(&packages)
 }
 
 fn copy_program(program: &Path, root: &Path, directory: &Path) -> Option<PathBuf> {
@@ -284,18 +277,19 @@ fn copy_program(program: &Path, root: &Path, directory: &Path) -> Option<PathBuf
     Some(wrapper)
 }
 
-/// Options of a store in `directory`; `None` where layers cannot be unpacked.
-pub fn options(directory: &Path) -> Option<StoreOptions> {
+/// Options of a store in `directory`, as on a host. Only root can make the unpack helper's jail.
+pub fn options(directory: &Path) -> StoreOptions {
+    assert!(rustix::process::geteuid().is_root(), "these tests need root: the unpack helper gives it up");
     std::fs::set_permissions(directory, std::os::unix::fs::PermissionsExt::from_mode(0o711)).unwrap();
-    let mkfs_erofs = mkfs_erofs(directory)?;
+    let mkfs_erofs = mkfs_erofs(directory);
     // As on a host, where the store is root's alone: the helper's user cannot walk to it.
     let closed = directory.join("closed");
     std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o700).create(&closed).unwrap();
-    Some(StoreOptions {
+    StoreOptions {
         registries: directory.join("registries.json"),
         mkfs_erofs,
         helper: env!("CARGO_BIN_EXE_atoll-runtime").into(),
-        helper_uid: rustix::process::geteuid().is_root().then_some(65534),
+        helper_uid: Some(65534),
         ..StoreOptions::new(closed.join("store"))
-    })
+    }
 }

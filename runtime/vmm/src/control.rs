@@ -41,8 +41,8 @@ pub struct Server {
 }
 
 /// A packet: a request, or why it is none.
-struct Packet {
-    request: std::result::Result<VmRequest, String>,
+pub(crate) struct Packet {
+    pub(crate) request: std::result::Result<VmRequest, String>,
     fds: Vec<OwnedFd>,
 }
 
@@ -231,7 +231,7 @@ fn answer_of<E: std::fmt::Display>(result: std::result::Result<(), E>) -> VmRepl
 }
 
 /// One packet; `None` at the end of the connection.
-fn receive(peer: &OwnedFd, buffer: &mut [u8]) -> rustix::io::Result<Option<Packet>> {
+pub(crate) fn receive(peer: &OwnedFd, buffer: &mut [u8]) -> rustix::io::Result<Option<Packet>> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;

@@ -16,6 +16,8 @@ pub mod bus;
 pub mod control;
 pub mod cpuid;
 pub mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod jail;
 pub mod kernel;
 pub mod machine;

@@ -9,24 +9,21 @@
 //!
 //! Invariant: credentials go to the registry they are for and to the token server that it names, to nobody else.
 
-mod auth;
+pub(super) mod auth;
 mod http;
 pub mod tls;
 
-use super::Auth;
 use super::error::ImageError;
 use super::reference::ImageRef;
+use super::{Auth, Patience};
 use ::http::header::{ACCEPT, AUTHORIZATION, LOCATION, RANGE, RETRY_AFTER, WWW_AUTHENTICATE};
 use ::http::{HeaderValue, Request, Response, StatusCode, Uri};
 use atoll_spec::node::RegistriesConfig;
 use auth::Challenge;
-use http::Body;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-/// Longest wait for the head of an answer.
-const HEAD_DEADLINE: Duration = Duration::from_secs(60);
 /// Longest wait that a registry may ask for.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 const FIRST_WAIT: Duration = Duration::from_millis(250);
@@ -40,6 +37,7 @@ pub struct Registry {
     base: String,
     auth: Option<Auth>,
     connectors: tls::Connectors,
+    patience: Patience,
     authorization: Mutex<Option<HeaderValue>>,
 }
 
@@ -50,6 +48,7 @@ impl Registry {
         auth: Option<Auth>,
         settings: &RegistriesConfig,
         system_ca: &Path,
+        patience: Patience,
     ) -> Result<Self, ImageError> {
         let own = settings.registries.get(reference.host());
         let plain = own.is_some_and(|own| own.plain_http);
@@ -64,6 +63,7 @@ impl Registry {
             base,
             connectors: tls::Connectors::new(settings, reference, system_ca),
             auth: auth.or(configured),
+            patience,
             authorization: Mutex::default(),
         })
     }
@@ -189,7 +189,7 @@ impl Registry {
 
     async fn exchange(&self, request: Request<String>, what: &str) -> Result<Response<Body>, ImageError> {
         let exchange = http::exchange(request, &self.connectors);
-        match tokio::time::timeout(HEAD_DEADLINE, exchange).await {
+        match tokio::time::timeout(self.patience.head, exchange).await {
             Ok(Err(http::Error::Untrusted(error))) => {
                 Err(ImageError::Untrusted { registry: self.host.clone(), why: error.to_string() })
             }
@@ -197,7 +197,7 @@ impl Registry {
                 Err(ImageError::Settings { registry: self.host.clone(), why })
             }
             Ok(result) => result.map_err(|error| self.error(what, error)),
-            Err(_) => Err(self.error(what, format!("no answer within {} s", HEAD_DEADLINE.as_secs()))),
+            Err(_) => Err(self.error(what, format!("no answer within {} s", self.patience.head.as_secs()))),
         }
     }
 
@@ -246,7 +246,7 @@ impl Registry {
             }
             status => return Err(self.error("a token", format!("the token server answered {status}"))),
         }
-        let body = http::read_all(response.into_body(), auth::MAX_TOKEN, HEAD_DEADLINE).await;
+        let body = http::read_all(response.into_body(), auth::MAX_TOKEN, self.patience.silence).await;
         let body = body.map_err(|error| self.error("a token", error))?;
         auth::parse_token(&body).ok_or_else(|| self.error("a token", "the token server's answer has none"))
     }
@@ -258,7 +258,7 @@ impl Registry {
         limit: u64,
         what: &str,
     ) -> Result<Vec<u8>, ImageError> {
-        match http::read_all(response.into_body(), limit, HEAD_DEADLINE).await {
+        match http::read_all(response.into_body(), limit, self.patience.silence).await {
             Ok(bytes) => Ok(bytes),
             Err(http::Error::TooLarge(limit)) => Err(ImageError::TooLarge { what: what.to_owned(), limit }),
             Err(error) => Err(self.error(what, error)),
@@ -266,7 +266,7 @@ impl Registry {
     }
 }
 
-pub use http::{Error as HttpError, next_chunk};
+pub use http::{Body, Error as HttpError, next_chunk};
 /// Shared by the downloads of one pull.
 pub type SharedRegistry = Arc<Registry>;
 

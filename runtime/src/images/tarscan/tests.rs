@@ -187,7 +187,7 @@ fn bombs_are_refused() {
     refused(huge.as_bytes().to_vec(), "odd size");
     refused(header("a", b'0', 1 << 40).as_bytes().to_vec(), "bytes");
     refused(header("x", b'x', 2 << 20).as_bytes().to_vec(), "extension header");
-    let limits = Limits { bytes: 10_000, entries: 3 };
+    let limits = Limits { bytes: 10_000, entries: 3, ..Limits::default() };
     let many =
         [entry("a", b'0', b""), entry("b", b'0', b""), entry("c", b'0', b""), entry("d", b'0', b"")].concat();
     assert!(scan_in(&many, 512, limits).unwrap_err().contains("more than 3 entries"));

@@ -1,0 +1,4 @@
+//! The body is in `runtime/src/vm/fuzz.rs`, where `cargo test` calls it too.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| atoll_runtime::vm::fuzz::frames(data));
