@@ -110,7 +110,7 @@ impl<'a> Debian<'a> {
         let kept = self
             .cache
             .dir("debian")?
-            .join(format!("{}.lock", Key::default().with(&pinned.to_text()).finish()));
+            .join(format!("{}.lock", Key::default().with(pinned.to_text()).finish()));
         let missing: Vec<&Package> = pinned.packages().iter().filter(|p| !self.has(p)).collect();
         if missing.is_empty() {
             return Ok(pinned.clone());

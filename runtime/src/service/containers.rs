@@ -12,7 +12,7 @@ use crate::service::{EventKind, Reply, RunningContainer, jobs, random_hex};
 use crate::spec::{ContainerSpec, Resources};
 use crate::vm::launch::unix_ns;
 use atoll_spec::guest::{Exit, GuestErrorKind};
-use atoll_spec::ids::{ContainerId, SandboxId};
+use atoll_spec::ids::ContainerId;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;

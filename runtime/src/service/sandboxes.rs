@@ -6,9 +6,7 @@ use crate::service::container::{CODE_VM_LOST, ContainerEvent, Ended, REASON_ERRO
 use crate::service::guests::Attention;
 use crate::service::owner::{Done, Owner, Sandbox, answer};
 use crate::service::sandbox::{SandboxEvent, SandboxPhase};
-use crate::service::{
-    ContainerView, EventKind, Reply, RunningSandbox, SandboxView, jobs, random_hex, recover,
-};
+use crate::service::{ContainerView, EventKind, Reply, RunningSandbox, SandboxView, random_hex, recover};
 use crate::spec::SandboxSpec;
 use crate::vm::address::{GATEWAY, GATEWAY_MAC, MTU, PodCidr, pod_mac};
 use crate::vm::launch::{self, Plan, unix_ns};
