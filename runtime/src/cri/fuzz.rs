@@ -38,20 +38,21 @@ pub fn requests(data: &[u8]) {
         1 => drop(ContainerConfig::decode(data).map(container)),
         2 => {
             if let Ok(request) = CreateContainerRequest::decode(data) {
-                request.config.map(container);
-                request.sandbox_config.map(sandbox);
+                request.config.into_iter().for_each(container);
+                request.sandbox_config.into_iter().for_each(sandbox);
             }
         }
         3 => {
             if let Ok(request) = PullImageRequest::decode(data) {
                 drop(request.auth.map(|config: AuthConfig| auth(config)));
                 drop(request.image.map(|image| image.image.parse::<ImageRef>()));
-                request.sandbox_config.map(sandbox);
+                request.sandbox_config.into_iter().for_each(sandbox);
             }
         }
         _ => {
             if let Ok(linux) = LinuxContainerResources::decode(data) {
-                drop(resources(linux).limits());
+                // Any numbers become limits.
+                let _ = resources(linux).limits();
             }
         }
     }

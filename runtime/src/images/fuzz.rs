@@ -127,7 +127,7 @@ mod tests {
     }
 
     fn archives() -> Vec<Vec<u8>> {
-        let mut pieces = vec![
+        let mut pieces = [
             vec![
                 entry("a/b", b'0', "", b"content"),
                 entry("a/c", b'2', "../x", b""),

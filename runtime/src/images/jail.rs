@@ -192,3 +192,6 @@ fn restrict_calls() -> Result<(), String> {
         filter.try_into().map_err(|error: seccompiler::BackendError| refused(&error))?;
     seccompiler::apply_filter(&program).map_err(|error| refused(&error))
 }
+
+#[cfg(test)]
+mod tests;

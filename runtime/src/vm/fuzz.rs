@@ -66,7 +66,7 @@ pub fn control(data: &[u8]) {
 mod tests {
     use super::*;
     use atoll_fuzz::replay;
-    use atoll_spec::guest::{Channel, Event, Exit, GuestError, GuestErrorKind, GuestStats, PROTOCOL, Reply};
+    use atoll_spec::guest::{Channel, Event, Exit, GuestError, GuestErrorKind, PROTOCOL, Reply};
 
     fn messages() -> Vec<Vec<u8>> {
         let exit = Exit { code: 137, oom_killed: true, at_unix_ns: 42 };
@@ -78,7 +78,7 @@ mod tests {
             FromGuest::Answer { id: 2, result: Ok(Reply::Started { pid: 7 }) },
             FromGuest::Answer { id: 2, result: Ok(Reply::File { base64: "YQ==".into() }) },
             FromGuest::Answer { id: 3, result: Ok(Reply::Containers { containers: vec![] }) },
-            FromGuest::Answer { id: 3, result: Ok(Reply::Stats(Box::new(GuestStats::default()))) },
+            FromGuest::Answer { id: 3, result: Ok(Reply::Stats(Box::default())) },
             FromGuest::Event { sequence: 1, event },
         ];
         answers.iter().map(|answer| wire::frame(answer).unwrap()).collect()

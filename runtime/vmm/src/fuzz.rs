@@ -21,7 +21,7 @@ use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socke
 use std::fs::File;
 use std::sync::Arc;
 use virtio_queue::QueueT as _;
-use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _};
+use vm_memory::{Bytes as _, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 const RAM: usize = 0x1_0000;
@@ -138,7 +138,7 @@ pub fn queue(data: &[u8]) {
     let ram = GuestRam::from_ranges(&ranges).expect("128 KiB can be mapped");
     let mut address = |mask: u64| {
         let address = u64::from_le_bytes(input.bytes());
-        if near & 1 == 0 { address } else { address % 0x12_0000 & mask }
+        if near & 1 == 0 { address } else { (address % 0x12_0000) & mask }
     };
     let (descriptors, available, used) = (address(!0xf), address(!1), address(!3));
     let size = u32::from_le_bytes(input.bytes());
