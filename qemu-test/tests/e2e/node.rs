@@ -81,3 +81,22 @@ fn kubelet_api_refuses_callers_without_credentials() -> anyhow::Result<()> {
     assert_eq!(output.stdout, "401");
     Ok(())
 }
+
+#[test]
+fn kubelet_api_refuses_a_service_account_without_rights_and_one_that_is_gone() -> anyhow::Result<()> {
+    let lab = ready_lab();
+    let host = { crate::shared::machine().address() };
+    lab.supervisor.kubectl_ok(&["create", "serviceaccount", "caller"])?;
+    let token = lab.supervisor.kubectl_ok(&["create", "token", "caller", "--duration=10m"])?;
+    let asked = || {
+        let mut curl = std::process::Command::new("curl");
+        curl.args(["-sk", "-o", "/dev/null", "-w", "%{http_code}", "-H"]);
+        curl.arg(format!("Authorization: Bearer {}", token.trim()));
+        curl.arg(format!("https://{host}:10250/pods"));
+        atoll_qemu_test::process::run_ok(&mut curl, Duration::from_secs(20))
+    };
+    assert_eq!(asked()?, "403");
+    lab.supervisor.kubectl_ok(&["delete", "serviceaccount", "caller"])?;
+    // The API server and the node each believe in a token for some seconds.
+    wait_for("its token to be refused", Duration::from_secs(60), || Ok((asked()? == "401").then_some(())))
+}
