@@ -60,6 +60,11 @@ e2e *filter: (_tool "suite")
 soak *filter: (_tool "suite")
     @{{ CARGO_TARGET_DIR }}/debug/suite soak "$@"
 
+# Fuzz every target, or those named, for this many seconds each (needs nightly Rust)
+[positional-arguments]
+fuzz seconds="200" *targets:
+    @fuzz/soak.sh "$@"
+
 # Build every artefact: programs, Supervisor, release and test image (into out/)
 build: (_tool "lab")
     @{{ lab }} build

@@ -131,6 +131,22 @@ async fn frames_too_large_or_unreadable_end_the_connection_and_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_does_not_end_its_container_loses_its_machine() {
+    let fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let (sandbox, other, witness) = two_pods(&mut client).await;
+    let immortal = client.run(&sandbox, "immortal", &["immortal"]).await;
+    client.stop_container(&immortal, 1).await;
+    assert_eq!(client.status(&immortal).await.exit_code, 255);
+    assert_eq!(client.sandbox_status(&sandbox).await.state(), PodSandboxState::SandboxNotready);
+    works(&mut client, &witness).await;
+    for id in [&sandbox, &other] {
+        client.remove_sandbox(id).await;
+    }
+    assert!(fixture.host.is_clean());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn two_hundred_execs_in_a_row_leak_nothing() {
     let fixture = Fixture::new().await;
     let mut client = fixture.client().await;

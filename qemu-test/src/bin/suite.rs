@@ -17,7 +17,7 @@ use std::time::Instant;
 const E2E_THREADS: &str = "3";
 /// The end-to-end tests that have a long form.
 const LONG: [&str; 5] =
-    ["power::", "scale::rounds", "processes::stopped", "containers::log_", "containers::many_execs"];
+    ["power::", "scale::", "processes::stopped", "containers::log_", "containers::many_execs"];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Part {
@@ -149,7 +149,7 @@ impl Suite {
             .args(["--test-threads", if long { "1" } else { E2E_THREADS }])
             .args(filter);
         if long {
-            command.arg("--nocapture").env("ATOLL_SOAK", "1");
+            command.args(["--nocapture", "--include-ignored"]).env("ATOLL_SOAK", "1");
         }
         self.tests("end-to-end tests", &mut command, true, cargo_counts)
     }

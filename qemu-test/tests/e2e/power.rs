@@ -76,6 +76,14 @@ spec:
     ))
 }
 
+/// The host of this boot is Ready: what the API says may still be of the one before.
+fn wait_up(lab: &Lab, machine: &mut Machine, host: &Inspector) -> anyhow::Result<()> {
+    wait_for("the inspector to answer", DEADLINE, || Ok(host.inventory().ok().map(drop)))?;
+    let boot_id = host_boot_id(host)?;
+    lab.supervisor.wait_field("node", &node_name(INDEX), "{.status.nodeInfo.bootID}", &boot_id, DEADLINE)?;
+    lab.wait_ready(machine, INDEX)
+}
+
 /// Waits for the moment and cuts.
 fn cut(lab: &Lab, machine: &mut Machine, host: &Inspector, moment: Moment, round: u32) -> anyhow::Result<()> {
     match moment {
@@ -86,13 +94,13 @@ fn cut(lab: &Lab, machine: &mut Machine, host: &Inspector, moment: Moment, round
             })?;
         }
         Moment::Step(step) => {
-            lab.wait_ready(machine, INDEX)?;
+            wait_up(lab, machine, host)?;
             push_image(lab, round)?;
             apply(lab, POD, &format!("registry.lab:5000/cut:{round}"))?;
             host.at(POD, step, DEADLINE, None)?;
         }
         Moment::Delete(after) => {
-            lab.wait_ready(machine, INDEX)?;
+            wait_up(lab, machine, host)?;
             apply(lab, POD, BUSYBOX)?;
             lab.supervisor.wait_field("pod", POD, "{.status.phase}", "Running", DEADLINE)?;
             lab.supervisor.kubectl_ok(&["delete", "pod", POD, "--wait=false"])?;
@@ -109,12 +117,8 @@ fn cut(lab: &Lab, machine: &mut Machine, host: &Inspector, moment: Moment, round
 /// After the boot: Ready, the pod that stays runs again with the work of one container, the pod that was cut is what
 /// the API says it should be, no file system complained, nothing is left over.
 fn all_is_right(lab: &Lab, machine: &mut Machine, host: &Inspector, from: usize) -> anyhow::Result<()> {
-    // The node object still says Ready of before the cut; the host's own word counts.
     machine.serial.expect("host is up", from, DEADLINE)?;
-    let boot_id = host_boot_id(host)?;
-    let node = node_name(INDEX);
-    lab.supervisor.wait_field("node", &node, "{.status.nodeInfo.bootID}", &boot_id, DEADLINE)?;
-    lab.wait_ready(machine, INDEX)?;
+    wait_up(lab, machine, host)?;
     for pod in ["stays", POD] {
         let wanted = lab.supervisor.field("pod", pod, "{.metadata.deletionTimestamp}{.metadata.name}")?;
         if wanted == pod {

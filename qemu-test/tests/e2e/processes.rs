@@ -12,8 +12,8 @@ const STOP: i32 = 19;
 
 /// Steps on the way up, in their order.
 const UP: [Step; 4] = [Step::Launching, Step::Launched, Step::Created, Step::Running];
-/// Steps on the way down.
-const DOWN: [Step; 2] = [Step::Stopping, Step::Stopped];
+/// Steps on the way down that last long enough to be met.
+const DOWN: [Step; 1] = [Step::Stopping];
 
 fn service(name: &str) -> Target {
     Target::Service(name.to_owned())

@@ -86,6 +86,7 @@ fn rounds_of_many_pods_leave_the_host_as_it_was() -> anyhow::Result<()> {
 }
 
 #[test]
+#[ignore = "QEMU's emulation of nested guests panics the host's kernel under this: ./just soak runs it"]
 fn memory_exhausted_by_pods_never_takes_the_host_plane() -> anyhow::Result<()> {
     let lab = &alone();
     let host = lab.inspector();

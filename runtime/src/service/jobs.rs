@@ -28,7 +28,7 @@ const CREATE_DEADLINE: Duration = Duration::from_secs(60);
 /// How long the last output of a container may take to reach the log.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a killed container may take to end.
-const KILL_DEADLINE: Duration = Duration::from_secs(20);
+const KILL_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Making a container.
 pub(super) struct Making {
@@ -218,15 +218,24 @@ pub(super) struct Stopping {
 
 impl Stopping {
     pub async fn run(mut self) -> Result<()> {
-        if !self.timeout.is_zero() {
-            self.signal(self.signal, false).await?;
-            if tokio::time::timeout(self.timeout, self.exited.wait_for(|e| *e)).await.is_ok() {
-                return Ok(());
-            }
+        if !self.timeout.is_zero()
+            && self.signal(self.signal, false).await.is_ok()
+            && tokio::time::timeout(self.timeout, self.exited.wait_for(|e| *e)).await.is_ok()
+        {
+            return Ok(());
         }
-        self.signal(SIGKILL, true).await?;
-        let what = || format!("waiting for container {} to end after SIGKILL", self.id);
+        let killed = self.signal(SIGKILL, true).await;
         // An error of the wait means that the container has been forgotten, so it has ended.
+        if killed.is_ok() && tokio::time::timeout(KILL_DEADLINE, self.exited.wait_for(|e| *e)).await.is_ok() {
+            return Ok(());
+        }
+        // A guest that does not obey is broken or hostile; what is left to take from it is its machine.
+        tracing::error!(
+            container = %self.id,
+            "its guest does not end it: its virtual machine is killed, with every container in it"
+        );
+        self.vm.stop(false).await;
+        let what = || format!("waiting for container {} to end with its virtual machine", self.id);
         within(KILL_DEADLINE, what, self.exited.wait_for(|e| *e)).await.map(|_| ())
     }
 

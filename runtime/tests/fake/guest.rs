@@ -1,4 +1,4 @@
-//! A guest whose programs are a few words: `echo TEXT`, `exit CODE`, `cat`, `sleep`, `stubborn`, `spew BYTES`, `sizes`.
+//! A guest whose programs are a few words: `echo TEXT`, `exit CODE`, `cat`, `sleep`, `stubborn`, `immortal`, `spew BYTES`, `sizes`.
 
 use super::{Exchange, FakeVmm};
 use atoll_runtime::vm::wire::{read_frame, read_packet, write_packets};
@@ -224,6 +224,7 @@ where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
 {
     let stubborn = args[0] == "stubborn";
+    let immortal = args[0] == "immortal";
     let work = async {
         match args[0].as_str() {
             "echo" => {
@@ -261,7 +262,7 @@ where
     };
     let code: std::io::Result<i32> = tokio::select! {
         code = work => code,
-        received = signal.wait_for(|s| *s != 0 && (!stubborn || *s == 9)) => {
+        received = signal.wait_for(|s| *s != 0 && !immortal && (!stubborn || *s == 9)) => {
             received.map(|s| 128 + *s).map_err(|_| std::io::ErrorKind::BrokenPipe.into())
         }
     };
