@@ -16,8 +16,14 @@ use std::time::Instant;
 /// End-to-end tests that run at once: most of their time is spent waiting for the emulated host.
 const E2E_THREADS: &str = "3";
 /// The end-to-end tests that have a long form.
-const LONG: [&str; 5] =
-    ["power::", "scale::", "processes::stopped", "containers::log_", "containers::many_execs"];
+const LONG: [&str; 6] = [
+    "power::",
+    "scale::",
+    "processes::stopped",
+    "containers::log_",
+    "containers::many_execs",
+    "control_plane::client_",
+];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Part {

@@ -184,11 +184,13 @@ fn stopped_runtime_for_a_minute() -> anyhow::Result<()> {
 }
 
 #[test]
+#[ignore = "takes minutes: ./just soak runs it"]
 fn stopped_agent_for_a_minute() -> anyhow::Result<()> {
     stopped_for_a_minute(|_| service("agent"), "stop-agent")
 }
 
 #[test]
+#[ignore = "takes minutes: ./just soak runs it"]
 fn stopped_hostd_for_a_minute() -> anyhow::Result<()> {
     stopped_for_a_minute(|_| service("hostd"), "stop-hostd")
 }
