@@ -19,7 +19,7 @@ const E2E_THREADS: &str = "3";
 const LONG: [&str; 6] = [
     "power::",
     "scale::",
-    "processes::stopped",
+    "processes::",
     "containers::log_",
     "containers::many_execs",
     "control_plane::client_",

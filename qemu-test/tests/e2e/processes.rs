@@ -127,6 +127,7 @@ fn killed_runtime_at_every_step() -> anyhow::Result<()> {
 }
 
 #[test]
+#[ignore = "takes minutes: ./just soak runs it"]
 fn killed_hostd_at_every_step() -> anyhow::Result<()> {
     at_every_step(|_| service("hostd"), KILL, "kill-hostd")
 }
@@ -196,6 +197,7 @@ fn stopped_hostd_for_a_minute() -> anyhow::Result<()> {
 }
 
 #[test]
+#[ignore = "takes minutes: ./just soak runs it"]
 fn stopped_vmm_for_a_minute() -> anyhow::Result<()> {
     let lab = &alone();
     survives_on_the_way_up(lab, &Target::Vmm("stop-vmm".into()), STOP, Step::Running, "stop-vmm")
