@@ -143,7 +143,8 @@ async fn wanted_attempt(
 ) -> Result<v1::ContainerStatus, Refusal> {
     let name = pod.metadata.name.as_deref().unwrap_or_default();
     let attempts = find::attempts(api, pod, container).await?;
-    let attempt = chosen(&attempts, previous).ok_or_else(|| {
+    let waiting = waiting_reason(pod, container).is_some();
+    let attempt = chosen(&attempts, previous, waiting).ok_or_else(|| {
         let message = if previous {
             format!("previous terminated container \"{container}\" in pod \"{name}\" not found")
         } else {
@@ -161,8 +162,12 @@ async fn wanted_attempt(
     })
 }
 
-/// An attempt that was made and not started has no log yet: what there is to read is from the one before.
-fn chosen(attempts: &[v1::Container], previous: bool) -> Option<&v1::Container> {
+/// An attempt that was made and not started has no log yet: what there is to read is from the one before. While the
+/// next attempt is waited for (CrashLoopBackOff), the last one to end is the previous one.
+fn chosen(attempts: &[v1::Container], previous: bool, waiting: bool) -> Option<&v1::Container> {
+    if previous && waiting {
+        return attempts.iter().find(|attempt| attempt.state() == v1::ContainerState::ContainerExited);
+    }
     if previous {
         return attempts.get(1);
     }
@@ -378,7 +383,10 @@ mod tests {
             });
             made.collect::<Vec<_>>()
         };
-        let id = |all: &[v1::Container], previous| chosen(all, previous).map(|c| c.id.clone());
+        let id = |all: &[v1::Container], previous| chosen(all, previous, false).map(|c| c.id.clone());
+        let crashed = attempts(&[ContainerExited]);
+        assert_eq!(id(&crashed, true), None);
+        assert_eq!(chosen(&crashed, true, true).map(|c| c.id.as_str()), Some("0"));
         let first = attempts(&[ContainerCreated]);
         assert_eq!((id(&first, false), id(&first, true)), (None, None));
         let again = attempts(&[ContainerCreated, ContainerExited, ContainerExited]);
