@@ -133,6 +133,7 @@ fn killed_hostd_at_every_step() -> anyhow::Result<()> {
 }
 
 #[test]
+#[ignore = "takes minutes: ./just soak runs it"]
 fn killed_vmm_at_every_step_up() -> anyhow::Result<()> {
     let lab = &alone();
     for step in UP {
@@ -180,6 +181,7 @@ fn stopped_for_a_minute(target: impl Fn(&str) -> Target, word: &str) -> anyhow::
 }
 
 #[test]
+#[ignore = "takes minutes: ./just soak runs it"]
 fn stopped_runtime_for_a_minute() -> anyhow::Result<()> {
     stopped_for_a_minute(|_| service("runtime"), "stop-runtime")
 }
