@@ -66,13 +66,15 @@ impl Lab {
         Ok(Self { directory: directory.to_owned(), supervisor, registry, network })
     }
 
-    /// The machine config that joins host `index` with a fresh token; hosts are named `node-1`, `node-2`, …
+    /// The machine config that joins host `index` with a fresh token; hosts are named `node-1`, `node-2`, … The first
+    /// is the one for pods that name no node: the others belong to tests that stop, cut off and break them.
     ///
     /// # Errors
     /// When no token can be made.
     pub fn machine_config(&self, index: usize) -> anyhow::Result<String> {
+        let own = if index == 0 { "" } else { "node: {taints: ['lab/own:NoSchedule']}\n" };
         Ok(format!(
-            "{}\nhostname: {}\n",
+            "{}\nhostname: {}\n{own}",
             self.supervisor.machine_config(REGISTRY)?.trim_end(),
             node_name(index)
         ))

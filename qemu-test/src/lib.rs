@@ -19,4 +19,5 @@ pub mod qmp;
 pub mod registry;
 pub mod serial;
 pub mod supervisor;
+pub mod test_programs;
 pub mod time_server;

@@ -3,13 +3,15 @@
 //!
 //! A check without tests of its own (formatting, lints, a build) counts as one.
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use atoll_qemu_test::artifacts::{Artifacts, Profile};
 use atoll_qemu_test::namespaces;
 use atoll_qemu_test::progress::Progress;
+use atoll_qemu_test::test_programs;
 use clap::{Parser, ValueEnum};
+use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
@@ -131,9 +133,7 @@ impl Suite {
             "warnings",
         ]);
         self.check("lints of Rust", &mut clippy)?;
-        let mut test = self.artifacts.cargo();
-        test.args(["test", "--workspace", "--locked", "--no-fail-fast"]);
-        self.tests("unit tests of Rust", &mut test, false, cargo_counts)?;
+        self.unit_tests()?;
         // Not `go vet`: it would analyse the 2,600 packages of Kubernetes for the few files here.
         let test = ["test", "-trimpath", "-vet=off", "-v", "./..."];
         self.tests("unit tests of Go", &mut go(&test, &self.artifacts), false, go_counts)
@@ -147,11 +147,12 @@ impl Suite {
             return Ok(());
         }
         self.counts.passed += 1;
-        let binary = self.test_binary()?;
+        // Built outside the namespaces.
+        let programs = test_programs::build(&self.artifacts, &["-p", "atoll-qemu-test", "--test", "e2e"])?;
         let mut command = namespaces::unshare();
         command
             .current_dir(self.artifacts.root())
-            .arg(binary)
+            .arg(programs[0].executable())
             .args(["--test-threads", if long { "1" } else { E2E_THREADS }])
             .args(filter);
         if long {
@@ -160,31 +161,53 @@ impl Suite {
         self.tests("end-to-end tests", &mut command, true, cargo_counts)
     }
 
-    /// Builds the end-to-end tests outside the namespaces and finds their program.
-    fn test_binary(&self) -> anyhow::Result<PathBuf> {
-        let output = self
-            .artifacts
-            .cargo()
-            .args([
-                "test",
-                "-p",
-                "atoll-qemu-test",
-                "--test",
-                "e2e",
-                "--locked",
-                "--no-run",
-                "--message-format=json",
-            ])
-            .stderr(Stdio::inherit())
-            .output()
-            .context("cannot start cargo")?;
-        ensure!(output.status.success(), "the end-to-end tests do not compile");
-        String::from_utf8_lossy(&output.stdout)
-            .lines()
-            .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
-            .filter(|message| message["target"]["name"] == "e2e")
-            .find_map(|message| message["executable"].as_str().map(PathBuf::from))
-            .context("cargo named no program for the end-to-end tests")
+    /// The workspace's test programs side by side. It has no examples in its documentation: `cargo test --doc` would find
+    /// nothing.
+    fn unit_tests(&mut self) -> anyhow::Result<()> {
+        let (name, started) = ("unit tests of Rust", Instant::now());
+        println!("==> {name}");
+        let programs = match test_programs::build(&self.artifacts, &["--workspace"]) {
+            Ok(programs) => programs,
+            Err(error) => {
+                self.fail(&format!("{name}: {error:#}"));
+                return Ok(());
+            }
+        };
+        let (path, mut log) = self.log(name)?;
+        let mut total = Counts::default();
+        test_programs::run(programs, |ended| {
+            writeln!(log, "==> {}\n{}", ended.name, ended.output)?;
+            let mut counts = Counts::default();
+            ended.output.lines().filter_map(cargo_counts).for_each(|more| counts.add(more));
+            if !ended.success {
+                // A program that died in the middle has counted nothing.
+                counts.failed = counts.failed.max(1);
+                println!("    {} failed:\n{}", ended.name, ended.output);
+            }
+            total.add(counts);
+            Ok(())
+        })?;
+        self.count(name, total, started, &path);
+        Ok(())
+    }
+
+    /// The log of a step, emptied.
+    fn log(&self, name: &str) -> anyhow::Result<(PathBuf, File)> {
+        let path = self.artifacts.out().join("log").join(format!("test-{}.log", name.replace(' ', "-")));
+        std::fs::create_dir_all(path.parent().context("the log has no directory")?)?;
+        let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
+        Ok((path, file))
+    }
+
+    /// Adds what a step counted, and says it.
+    fn count(&mut self, name: &str, counts: Counts, started: Instant, log: &Path) {
+        self.counts.add(counts);
+        let seconds = started.elapsed().as_secs_f64();
+        let Counts { passed, failed, skipped } = counts;
+        println!("    {passed} passed, {failed} failed, {skipped} skipped in {seconds:.0} s");
+        if failed > 0 {
+            self.failures.push(format!("{name}: see {}", log.display()));
+        }
     }
 
     /// A command whose exit status is the result.
@@ -202,10 +225,7 @@ impl Suite {
     ) -> anyhow::Result<()> {
         let started = Instant::now();
         println!("==> {name}");
-        let path = self.artifacts.out().join("log").join(format!("test-{}.log", name.replace(' ', "-")));
-        std::fs::create_dir_all(path.parent().context("the log has no directory")?)?;
-        let mut log =
-            std::fs::File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
+        let (path, mut log) = self.log(name)?;
         let (reader, writer) = std::io::pipe()?;
         let mut child = command
             .stdin(Stdio::null())
@@ -225,7 +245,8 @@ impl Suite {
                 || line.contains(" ... FAILED")
                 || line.contains("panicked at")
             {
-                println!("    {line}");
+                // When it was said tells which test took how long.
+                println!("    {:4.0} s  {line}", started.elapsed().as_secs_f64());
             }
             if let Some(counts) = count(&line) {
                 total.add(counts);
@@ -242,19 +263,9 @@ impl Suite {
         } else if !status.success() && total.failed == 0 {
             total.failed = 1;
         }
-        self.counts.add(total);
-        println!(
-            "    {} passed, {} failed, {} skipped in {:.0} s",
-            total.passed,
-            total.failed,
-            total.skipped,
-            started.elapsed().as_secs_f64()
-        );
-        if total.failed > 0 {
-            self.failures.push(format!("{name}: see {}", path.display()));
-            if !show {
-                println!("{}", atoll_qemu_test::process::tail(&path, 40));
-            }
+        self.count(name, total, started, &path);
+        if total.failed > 0 && !show {
+            println!("{}", atoll_qemu_test::process::tail(&path, 40));
         }
         Ok(())
     }
