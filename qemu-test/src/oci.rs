@@ -131,25 +131,27 @@ impl Image {
     /// # Errors
     /// When busybox-static is not installed.
     pub fn busybox() -> anyhow::Result<Self> {
-        let path = Path::new("/bin/busybox");
-        let binary =
-            std::fs::read(path).context("cannot read /bin/busybox: install the package busybox-static")?;
-        let list = crate::process::run_ok(
-            std::process::Command::new(path).arg("--list"),
-            std::time::Duration::from_secs(10),
-        )?;
-        let mut layer = Layer::default()
-            .directory("bin", 0o755)?
-            .directory("etc", 0o755)?
-            .directory("tmp", 0o1777)?
-            .directory("root", 0o700)?
-            .file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000:app:/tmp:/bin/sh\n")?
-            .file("etc/group", 0o644, b"root:x:0:\napp:x:1000:\nextra:x:2000:app\n")?
-            .file("bin/busybox", 0o755, &binary)?;
-        for applet in list.lines().filter(|name| *name != "busybox") {
-            layer = layer.symlink(&format!("bin/{applet}"), "busybox")?;
+        Self::new(vec![busybox_layer()?], Self::busybox_config())
+    }
+
+    /// The same under a file `/noise` of so many MiB that does not compress; another seed, another file.
+    ///
+    /// # Errors
+    /// When busybox-static is not installed.
+    pub fn busybox_with_noise(mib: usize, seed: u64) -> anyhow::Result<Self> {
+        let mut noise = vec![0_u8; mib << 20];
+        // A linear congruential generator (Knuth's MMIX): enough for gzip to find nothing.
+        let mut state = seed | 1;
+        for byte in &mut noise {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            *byte = (state >> 56) as u8;
         }
-        Self::new(vec![layer], json!({ "Env": ["PATH=/bin"], "Cmd": ["/bin/sh"] }))
+        let filling = Layer::default().file("noise", 0o644, &noise)?;
+        Self::new(vec![busybox_layer()?, filling], Self::busybox_config())
+    }
+
+    fn busybox_config() -> Value {
+        json!({ "Env": ["PATH=/bin"], "Cmd": ["/bin/sh"] })
     }
 
     /// Everything that is pushed before the manifest.
@@ -173,4 +175,26 @@ impl Image {
         .to_string()
         .into_bytes()
     }
+}
+
+fn busybox_layer() -> anyhow::Result<Layer> {
+    let path = Path::new("/bin/busybox");
+    let binary =
+        std::fs::read(path).context("cannot read /bin/busybox: install the package busybox-static")?;
+    let list = crate::process::run_ok(
+        std::process::Command::new(path).arg("--list"),
+        std::time::Duration::from_secs(10),
+    )?;
+    let mut layer = Layer::default()
+        .directory("bin", 0o755)?
+        .directory("etc", 0o755)?
+        .directory("tmp", 0o1777)?
+        .directory("root", 0o700)?
+        .file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000:app:/tmp:/bin/sh\n")?
+        .file("etc/group", 0o644, b"root:x:0:\napp:x:1000:\nextra:x:2000:app\n")?
+        .file("bin/busybox", 0o755, &binary)?;
+    for applet in list.lines().filter(|name| *name != "busybox") {
+        layer = layer.symlink(&format!("bin/{applet}"), "busybox")?;
+    }
+    Ok(layer)
 }

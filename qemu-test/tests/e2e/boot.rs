@@ -1,6 +1,7 @@
 //! The release image: boots, joins, survives a reboot, powers off cleanly, and has nothing of the test image.
 
-use crate::shared::{lab, machine};
+use crate::own::{boot_id, own_host, power_off, wait_ready_again};
+use crate::shared::{machine, ready_lab, shell_pod};
 use atoll_qemu_test::artifacts::Profile;
 use atoll_qemu_test::machine::Accelerator;
 use std::net::TcpStream;
@@ -10,7 +11,7 @@ const INDEX: usize = 1;
 
 #[test]
 fn release_host_joins_reboots_and_powers_off_cleanly() -> anyhow::Result<()> {
-    let (artifacts, lab) = lab();
+    let (_turn, artifacts, lab) = own_host();
     let mut host = lab.boot_host(artifacts, Profile::Release, INDEX)?;
     lab.wait_ready(&mut host, INDEX)?;
 
@@ -22,45 +23,31 @@ fn release_host_joins_reboots_and_powers_off_cleanly() -> anyhow::Result<()> {
         );
     }
     let machine_id = lab.supervisor.field("node", "node-2", "{.status.nodeInfo.machineID}")?;
-    let boot_id = lab.supervisor.field("node", "node-2", "{.status.nodeInfo.bootID}")?;
+    let first_boot = boot_id(lab, INDEX)?;
     assert_eq!(machine_id.len(), 32, "machine id {machine_id:?}");
 
-    host.press_power_button()?;
-    host.wait_off(Duration::from_secs(120))?;
+    power_off(&mut host)?;
 
     // Without a token: the identity on STATE is enough.
     let config = lab.machine_config(INDEX)?;
-    let without_token: String = {
-        let start = config.find("join:").expect("the config has a join section");
-        let end = config[start + 5..].find("\n").map_or(config.len(), |_| {
-            let rest = &config[start..];
-            let mut length = 0;
-            for (number, line) in rest.split_inclusive('\n').enumerate() {
-                if number > 0 && !line.starts_with([' ', '-']) {
-                    break;
-                }
-                length += line.len();
-            }
-            start + length
-        });
-        format!("{}{}", &config[..start], &config[end..])
-    };
+    let mut in_join = false;
+    let without_token = config.lines().filter(|line| {
+        in_join = line.starts_with("join:") || (in_join && line.starts_with([' ', '-']));
+        !in_join
+    });
+    let without_token = without_token.fold(String::new(), |text, line| text + line + "\n");
     host.set_config(Some(without_token));
     let mut host = host.boot_again()?;
-    atoll_qemu_test::process::wait_for("a new boot id", Duration::from_secs(300), || {
-        let now = lab.supervisor.field("node", "node-2", "{.status.nodeInfo.bootID}")?;
-        Ok((now != boot_id && !now.is_empty()).then_some(()))
-    })?;
-    lab.wait_ready(&mut host, INDEX)?;
+    wait_ready_again(lab, &mut host, INDEX, &first_boot)?;
     assert_eq!(lab.supervisor.field("node", "node-2", "{.status.nodeInfo.machineID}")?, machine_id);
-    host.press_power_button()?;
-    host.wait_off(Duration::from_secs(120))?;
+    power_off(&mut host)?;
     lab.supervisor.kubectl_ok(&["delete", "node", "node-2"])?;
     Ok(())
 }
 
 #[test]
 fn console_tells_each_phase_with_its_time() {
+    let _lab = ready_lab();
     let host = machine();
     let text = host.serial.text();
     for phase in ["mounts", "system", "services"] {
@@ -88,7 +75,7 @@ const SOCKETS: [(&str, &str); 10] = [
 
 #[test]
 fn every_socket_of_the_host_is_known() -> anyhow::Result<()> {
-    let lab = &crate::shared::ready_lab();
+    let lab = &ready_lab();
     let fits = |pattern: &str, socket: &str| match pattern.split_once('*') {
         None => pattern == socket,
         Some((start, _)) => socket.starts_with(start),
@@ -110,8 +97,8 @@ fn emulated_processor_lacks_cmpxchg16b() -> anyhow::Result<()> {
     if Accelerator::detect() == Accelerator::Kvm {
         return Ok(());
     }
-    let lab = &crate::shared::ready_lab();
-    let pod = crate::shared::shell_pod(lab, "cpu-flags", "grep -m1 ^flags /proc/cpuinfo", "Never")?;
+    let lab = &ready_lab();
+    let pod = shell_pod(lab, "cpu-flags", "grep -m1 ^flags /proc/cpuinfo", "Never")?;
     pod.wait_phase("Succeeded")?;
     let flags = pod.logs()?;
     assert!(flags.contains(" sse2 "), "{flags}");

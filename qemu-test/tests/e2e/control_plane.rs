@@ -3,14 +3,13 @@
 //!
 //! These tests harm the Supervisor that all others use: each waits until nobody else needs it ([`alone`]).
 
-use crate::shared::{Shared, lab, machine, shell_pod};
+use crate::shared::{Shared, alone_in_the_lab, lab, machine, shell_pod};
 use anyhow::{Context, ensure};
 use atoll_qemu_test::artifacts::Profile;
 use atoll_qemu_test::lab::{BUSYBOX, Lab, node_name};
 use atoll_qemu_test::machine::Machine;
 use atoll_qemu_test::process::wait_for;
-use std::cell::RefCell;
-use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 /// Deadline for what follows the control plane's return.
@@ -21,59 +20,13 @@ const OFF_DEADLINE: Duration = Duration::from_secs(300);
 /// Life of a certificate that is to be renewed while the host is on, and to expire while it is off.
 const SHORT: Duration = Duration::from_secs(150);
 
-/// How many threads of tests need the Supervisor, and whether somebody harms it.
-static NEEDED: (Mutex<(usize, bool)>, Condvar) = (Mutex::new((0, false)), Condvar::new());
-
-fn users() -> MutexGuard<'static, (usize, bool)> {
-    NEEDED.0.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// One thread's need, from its first use of the lab to its end, which is that of its test.
-struct Need;
-
-impl Drop for Need {
-    fn drop(&mut self) {
-        users().0 -= 1;
-        NEEDED.1.notify_all();
-    }
-}
-
-thread_local! {
-    static NEED: RefCell<Option<Need>> = const { RefCell::new(None) };
-    static HARMS: RefCell<bool> = const { RefCell::new(false) };
-}
-
-/// Called by whoever uses the lab: waits while somebody harms the Supervisor.
-pub fn needed() {
-    if HARMS.with_borrow(|harms| *harms) || NEED.with_borrow(Option::is_some) {
-        return;
-    }
-    let mut users = users();
-    // Those that need it go first, as in `shared`: a test may have several threads.
-    while users.1 {
-        users = NEEDED.1.wait(users).unwrap_or_else(PoisonError::into_inner);
-    }
-    users.0 += 1;
-    drop(users);
-    NEED.set(Some(Need));
-}
-
 /// Nobody else needs the Supervisor while this lives; it is whole again when it goes.
 struct Alone {
     host: Shared,
 }
 
-/// The host first: it waits for tests that need the Supervisor to end.
 fn alone() -> Alone {
-    let host = crate::shared::alone();
-    NEED.set(None);
-    HARMS.set(true);
-    let mut users = users();
-    while users.0 > 0 || users.1 {
-        users = NEEDED.1.wait(users).unwrap_or_else(PoisonError::into_inner);
-    }
-    users.1 = true;
-    Alone { host }
+    Alone { host: alone_in_the_lab() }
 }
 
 impl Drop for Alone {
@@ -84,9 +37,6 @@ impl Drop for Alone {
             // What fails here fails in every other test, with its reason.
             let _ = self.host.supervisor.resume(&[]);
         }
-        users().1 = false;
-        HARMS.set(false);
-        NEEDED.1.notify_all();
     }
 }
 

@@ -1,21 +1,15 @@
 //! What a person or the hardware gives a host is wrong: its clock, its config, its processor.
 
-use crate::shared::lab;
+use crate::own::{self, LINE, boot_id, console, own_host, power_off, says, wait_off, wait_ready_again};
 use anyhow::{Context, ensure};
 use atoll_qemu_test::artifacts::Profile;
-use atoll_qemu_test::lab::{Lab, READY, node_name};
+use atoll_qemu_test::lab::{READY, node_name};
 use atoll_qemu_test::machine::Machine;
 use atoll_qemu_test::network::Offer;
 use atoll_qemu_test::process::wait_for;
-use std::sync::{Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::sync::OnceLock;
 
 const INDEX: usize = 7;
-const LINE: Duration = Duration::from_secs(180);
-const OFF: Duration = Duration::from_secs(120);
-
-/// There is one machine of this index.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// What the console said in each boot.
 struct Story {
@@ -25,12 +19,8 @@ struct Story {
     years_ahead: String,
 }
 
-fn boot_id(lab: &Lab) -> anyhow::Result<String> {
-    lab.supervisor.field("node", &node_name(INDEX), "{.status.nodeInfo.bootID}")
-}
-
 fn go_through() -> anyhow::Result<Story> {
-    let (artifacts, lab) = lab();
+    let (_turn, artifacts, lab) = own_host();
     let mut spec = lab.machine_spec(artifacts, Profile::Release, INDEX, None);
     spec.memory_mib = 1536;
     spec.hardware.date = Some("2020-01-01");
@@ -47,46 +37,32 @@ fn go_through() -> anyhow::Result<Story> {
     lab.network.offer(INDEX, options(&[]))?;
     lab.wait_ready(&mut machine, INDEX)?;
     let years_behind = machine.serial.text();
-    let first_boot = boot_id(lab)?;
-    machine.press_power_button()?;
-    machine.wait_off(OFF)?;
+    let first_boot = boot_id(lab, INDEX)?;
+    power_off(&mut machine)?;
 
     machine.spec().volume("ESP")?.put_file("machine.yaml", &format!("{config}\nnetwrok: {{}}\n"))?;
     machine.spec_mut().hardware.date = Some("2035-01-01");
     let from = machine.serial.position();
     let mut machine = machine.boot_again()?;
-    wait_for("a new boot id", READY, || Ok((boot_id(lab)? != first_boot).then_some(())))
-        .with_context(|| machine.serial.text().get(from..).unwrap_or_default().to_owned())?;
-    lab.wait_ready(&mut machine, INDEX)?;
+    wait_ready_again(lab, &mut machine, INDEX, &first_boot)?;
     machine.press_power_button()?;
     machine.serial.expect("asked by power-button", from, LINE)?;
     machine.press_power_button()?;
-    machine.wait_off(OFF)?;
-    let years_ahead = machine.serial.text().get(from..).unwrap_or_default().to_owned();
+    wait_off(&mut machine)?;
+    let years_ahead = console(&machine, from);
     lab.supervisor.kubectl_ok(&["delete", "node", &node_name(INDEX)])?;
     Ok(Story { years_behind, years_ahead })
 }
 
-fn story() -> &'static Story {
+fn story() -> anyhow::Result<&'static Story> {
     static STORY: OnceLock<Result<Story, String>> = OnceLock::new();
-    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    match STORY.get_or_init(|| go_through().map_err(|error| format!("{error:#}"))) {
-        Ok(story) => story,
-        Err(error) => panic!("{error}"),
-    }
-}
-
-fn says(console: &str, lines: &[&str]) -> anyhow::Result<()> {
-    for line in lines {
-        ensure!(console.contains(line), "no {line:?} in:\n{console}");
-    }
-    Ok(())
+    own::story(&STORY, go_through)
 }
 
 #[test]
 fn clock_years_behind_is_set_before_tls_and_without_a_time_server_the_console_says_what_is_wrong()
 -> anyhow::Result<()> {
-    let console = &story().years_behind;
+    let console = &story()?.years_behind;
     says(
         console,
         &["no time server answers (10.77.0.254: ", "give 'time.servers' in machine.yaml", "clock set"],
@@ -98,7 +74,7 @@ fn clock_years_behind_is_set_before_tls_and_without_a_time_server_the_console_sa
 
 #[test]
 fn clock_years_ahead_is_set_before_tls() -> anyhow::Result<()> {
-    let console = &story().years_ahead;
+    let console = &story()?.years_ahead;
     says(console, &["clock set seconds=\"-2"])?;
     ensure!(!console.contains("cannot join"), "a certificate was looked at too early:\n{console}");
     Ok(())
@@ -107,7 +83,7 @@ fn clock_years_ahead_is_set_before_tls() -> anyhow::Result<()> {
 #[test]
 fn machine_config_made_invalid_on_the_esp_gives_way_to_the_last_good_one() -> anyhow::Result<()> {
     says(
-        &story().years_ahead,
+        &story()?.years_ahead,
         &[
             "the machine config (machine.yaml on the ESP) has 1 problem and is not used:",
             "netwrok: unknown field: did you mean 'network'?",
@@ -120,15 +96,14 @@ fn machine_config_made_invalid_on_the_esp_gives_way_to_the_last_good_one() -> an
 #[test]
 fn power_button_pressed_twice_waits_for_nobody() -> anyhow::Result<()> {
     says(
-        &story().years_ahead,
+        &story()?.years_ahead,
         &["asked to shut down again: not waiting for services any longer", "power off"],
     )
 }
 
 #[test]
 fn no_kvm_makes_the_node_not_ready_with_reason_and_remedy_and_nothing_crashes() -> anyhow::Result<()> {
-    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    let (artifacts, lab) = lab();
+    let (_turn, artifacts, lab) = own_host();
     let mut spec = lab.machine_spec(artifacts, Profile::Release, INDEX, Some(lab.machine_config(INDEX)?));
     spec.memory_mib = 1536;
     spec.hardware.virtualisation = false;
@@ -145,8 +120,7 @@ fn no_kvm_makes_the_node_not_ready_with_reason_and_remedy_and_nothing_crashes() 
     }
     let status = "{.status.conditions[?(@.type==\"Ready\")].status}";
     assert_eq!(lab.supervisor.field("node", &node_name(INDEX), status)?, "False");
-    machine.press_power_button()?;
-    machine.wait_off(OFF)?;
+    power_off(&mut machine)?;
     let console = machine.serial.text();
     ensure!(!console.contains("next try in"), "a service crashes:\n{console}");
     lab.supervisor.kubectl_ok(&["delete", "node", &node_name(INDEX)]).map(drop)

@@ -1,20 +1,19 @@
 //! The disk of a host is damaged while it is off. One host goes through it all, the tests look at what it did.
 
-use crate::shared::{POD, lab};
-use anyhow::{Context, ensure};
+use crate::own::{
+    self, LINE, STAYS, apply_script, boot_id, console, own_host, power_off, says, wait_ready_again,
+};
+use crate::shared::POD;
+use anyhow::ensure;
 use atoll_qemu_test::artifacts::Profile;
 use atoll_qemu_test::inspect::Inspector;
-use atoll_qemu_test::lab::{BUSYBOX, Lab, READY, node_name};
+use atoll_qemu_test::lab::{BUSYBOX, Lab, node_name};
 use atoll_qemu_test::machine::Machine;
-use atoll_qemu_test::oci::{Image, Layer};
+use atoll_qemu_test::oci::Image;
 use atoll_qemu_test::process::wait_for;
-use serde_json::json;
 use std::sync::OnceLock;
-use std::time::Duration;
 
 const INDEX: usize = 6;
-const LINE: Duration = Duration::from_secs(180);
-const OFF: Duration = Duration::from_secs(120);
 /// Neither zeros nor the signature of anything.
 const SCRAP: u8 = 0x5a;
 /// Groups of 128 MiB in which ext4 keeps a copy of its superblock, as far as this disk goes.
@@ -38,15 +37,6 @@ struct Story {
     beginning: Vec<u8>,
 }
 
-fn boot_id(lab: &Lab) -> anyhow::Result<String> {
-    lab.supervisor.field("node", &node_name(INDEX), "{.status.nodeInfo.bootID}")
-}
-
-fn power_off(machine: &mut Machine) -> anyhow::Result<()> {
-    machine.press_power_button()?;
-    machine.wait_off(OFF)
-}
-
 /// Boots it again and gives the place from which on the console is this boot's.
 fn boot_again(mut machine: Machine, config: Option<String>) -> anyhow::Result<(Machine, usize)> {
     let from = machine.serial.position();
@@ -54,20 +44,16 @@ fn boot_again(mut machine: Machine, config: Option<String>) -> anyhow::Result<(M
     Ok((machine.boot_again()?, from))
 }
 
-fn console(machine: &Machine, from: usize) -> String {
-    machine.serial.text().get(from..).unwrap_or_default().to_owned()
-}
-
 fn go_through() -> anyhow::Result<Story> {
-    let (artifacts, lab) = lab();
+    let (_turn, artifacts, lab) = own_host();
     let node = node_name(INDEX);
     let mut spec = lab.machine_spec(artifacts, Profile::Test, INDEX, Some(lab.machine_config(INDEX)?));
     spec.memory_mib = 2048;
     let mut machine = Machine::boot(spec)?;
     lab.wait_ready(&mut machine, INDEX)?;
-    lab.supervisor.apply(&pod("stored", BUSYBOX))?;
+    apply_script(lab, INDEX, "stored", (BUSYBOX, STAYS), "Always")?;
     lab.supervisor.wait_field("pod", "stored", "{.status.phase}", "Running", POD)?;
-    let first_boot = boot_id(lab)?;
+    let first_boot = boot_id(lab, INDEX)?;
     power_off(&mut machine)?;
 
     let data = machine.spec().volume("DATA")?;
@@ -79,9 +65,7 @@ fn go_through() -> anyhow::Result<Story> {
     power_off(&mut machine)?;
 
     let (mut machine, from) = boot_again(machine, Some(lab.machine_config(INDEX)?))?;
-    wait_for("a new boot id", READY, || Ok((boot_id(lab)? != first_boot).then_some(())))
-        .with_context(|| console(&machine, from))?;
-    lab.wait_ready(&mut machine, INDEX)?;
+    wait_ready_again(lab, &mut machine, INDEX, &first_boot)?;
     let running = "{.status.conditions[?(@.type==\"Ready\")].status}";
     lab.supervisor.wait_field("pod", "stored", running, "True", POD)?;
     let log = lab.supervisor.kubectl_ok(&["logs", "stored"])?;
@@ -111,12 +95,12 @@ fn fill_and_free(lab: &Lab, machine: &Machine) -> anyhow::Result<(String, String
     let node = node_name(INDEX);
     let pressure = "{.status.conditions[?(@.type==\"DiskPressure\")].status}";
     let inspector = Inspector::new(&machine.address())?;
-    lab.registry.push("large", "1", &noise()?)?;
+    lab.registry.push("large", "1", &Image::busybox_with_noise(16, 1)?)?;
     let from = machine.serial.position();
     inspector.fill(4 << 20)?;
     machine.serial.expect("DATA is nearly full (0 % free)", from, LINE)?;
     lab.supervisor.wait_field("node", &node, pressure, "True", LINE)?;
-    lab.supervisor.apply(&pod("squeezed", "registry.lab:5000/large:1"))?;
+    apply_script(lab, INDEX, "squeezed", ("registry.lab:5000/large:1", STAYS), "Always")?;
     let events = wait_for("an event of the pod that does not fit", POD, || {
         let arguments = ["get", "events", "--field-selector", "involvedObject.name=squeezed,type=Warning"];
         let text =
@@ -131,56 +115,14 @@ fn fill_and_free(lab: &Lab, machine: &Machine) -> anyhow::Result<(String, String
     Ok((console, events))
 }
 
-/// An image of 16 MiB that does not compress.
-fn noise() -> anyhow::Result<Image> {
-    let mut noise = vec![0_u8; 16 << 20];
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    for byte in &mut noise {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        *byte = (state >> 56) as u8;
-    }
-    let busybox = std::fs::read("/bin/busybox").context("cannot read /bin/busybox: ./just setup")?;
-    let layer = Layer::default().directory("bin", 0o755)?.file("bin/busybox", 0o755, &busybox)?;
-    let layer = layer.symlink("bin/sh", "busybox")?.symlink("bin/sleep", "busybox")?;
-    Image::new(vec![layer, Layer::default().file("noise", 0o644, &noise)?], json!({}))
-}
-
-fn pod(name: &str, image: &str) -> String {
-    format!(
-        "apiVersion: v1
-kind: Pod
-metadata: {{name: {name}}}
-spec:
-  nodeName: {}
-  terminationGracePeriodSeconds: 1
-  containers:
-  - name: main
-    image: {image}
-    imagePullPolicy: IfNotPresent
-    command: [/bin/sh, -c, 'echo ran; sleep 1000000']
-",
-        node_name(INDEX)
-    )
-}
-
-fn story() -> &'static Story {
+fn story() -> anyhow::Result<&'static Story> {
     static STORY: OnceLock<Result<Story, String>> = OnceLock::new();
-    match STORY.get_or_init(|| go_through().map_err(|error| format!("{error:#}"))) {
-        Ok(story) => story,
-        Err(error) => panic!("{error}"),
-    }
-}
-
-fn says(console: &str, lines: &[&str]) -> anyhow::Result<()> {
-    for line in lines {
-        ensure!(console.contains(line), "no {line:?} in:\n{console}");
-    }
-    Ok(())
+    own::story(&STORY, go_through)
 }
 
 #[test]
 fn data_with_a_damaged_file_system_is_repaired_at_boot() -> anyhow::Result<()> {
-    let story = story();
+    let story = story()?;
     says(&story.damaged, &["(DATA) was damaged and is repaired from its backup", "check all of /dev/vda3"])?;
     ensure!(!story.damaged.contains("format /dev/vda3"), "DATA was formatted:\n{}", story.damaged);
     ensure!(story.log.ends_with("ran\n"), "the pod did not run from what DATA holds: {:?}", story.log);
@@ -189,7 +131,7 @@ fn data_with_a_damaged_file_system_is_repaired_at_boot() -> anyhow::Result<()> {
 
 #[test]
 fn data_beyond_repair_is_left_alone_and_the_console_says_what_to_do() -> anyhow::Result<()> {
-    let story = story();
+    let story = story()?;
     says(
         &story.beyond_repair,
         &["/dev/vda3 (DATA) holds something unknown, not ext4, and is left as it is", "flash the disk again"],
@@ -202,7 +144,7 @@ fn data_beyond_repair_is_left_alone_and_the_console_says_what_to_do() -> anyhow:
 
 #[test]
 fn state_wiped_is_told_and_the_host_joins_again_only_with_a_token() -> anyhow::Result<()> {
-    let story = story();
+    let story = story()?;
     let lost = "STATE was empty and was made anew, though DATA is not: this host has lost its identity";
     says(&story.damaged, &[lost, "not part of a cluster: put a 'join' section into machine.yaml"])?;
     ensure!(!story.damaged.contains("joined https"), "it joined without a token:\n{}", story.damaged);
@@ -211,7 +153,7 @@ fn state_wiped_is_told_and_the_host_joins_again_only_with_a_token() -> anyhow::R
 
 #[test]
 fn data_full_then_freed() -> anyhow::Result<()> {
-    let story = story();
+    let story = story()?;
     says(&story.full, &["DATA is nearly full (0 % free): images cannot be pulled"])?;
     let events = &story.full_events;
     for text in ["no room for", "remove images or pods that are not needed"] {

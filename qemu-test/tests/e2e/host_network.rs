@@ -1,19 +1,20 @@
 //! The network of a host fails in the ways that networks do, and comes back. One host of its own goes through all of
 //! them, one test at a time; it is booted without DHCP and, once there is some, without DNS.
 
+use crate::own::{STAYS, apply_script, own_host};
 use crate::shared::{POD, lab};
+use crate::turns::Turn;
 use anyhow::ensure;
 use atoll_qemu_test::artifacts::Profile;
 use atoll_qemu_test::inspect::{Inspector, Target};
 use atoll_qemu_test::lab::{BUSYBOX, Lab, node_name};
 use atoll_qemu_test::machine::Machine;
 use atoll_qemu_test::network::{Offer, SERVER, address};
-use atoll_qemu_test::oci::{Image, Layer};
+use atoll_qemu_test::oci::Image;
 use atoll_qemu_test::process::wait_for;
-use serde_json::json;
 use std::io::Read;
 use std::net::TcpListener;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 const INDEX: usize = 3;
@@ -42,7 +43,7 @@ fn dead_dns() -> String {
 }
 
 fn boot() -> anyhow::Result<Host> {
-    let (artifacts, lab) = lab();
+    let (_turn, artifacts, lab) = own_host();
     lab.network.isolate(INDEX, true)?;
     offer(lab, None, &[&dead_dns()])?;
     let mut spec = lab.machine_spec(artifacts, Profile::Test, INDEX, Some(lab.machine_config(INDEX)?));
@@ -59,10 +60,27 @@ fn boot() -> anyhow::Result<Host> {
     Ok(Host { machine, without_dhcp, without_dns })
 }
 
-fn host() -> MutexGuard<'static, Host> {
+/// The host, for one test at a time.
+struct InTurn {
+    host: MutexGuard<'static, Host>,
+    _turn: Arc<Turn>,
+}
+
+impl std::ops::Deref for InTurn {
+    type Target = Host;
+
+    fn deref(&self) -> &Host {
+        &self.host
+    }
+}
+
+fn host() -> InTurn {
     static HOST: OnceLock<Result<Mutex<Host>, String>> = OnceLock::new();
     match HOST.get_or_init(|| boot().map(Mutex::new).map_err(|error| format!("{error:#}"))) {
-        Ok(host) => host.lock().unwrap_or_else(PoisonError::into_inner),
+        Ok(host) => {
+            let host = host.lock().unwrap_or_else(PoisonError::into_inner);
+            InTurn { host, _turn: own_host().0 }
+        }
         Err(error) => panic!("the host did not come up: {error}"),
     }
 }
@@ -100,23 +118,7 @@ impl Pod<'_> {
 }
 
 fn pod<'a>(lab: &'a Lab, name: &'static str, image: &str, script: &str) -> anyhow::Result<Pod<'a>> {
-    lab.supervisor.apply(&format!(
-        "apiVersion: v1
-kind: Pod
-metadata: {{name: {name}}}
-spec:
-  nodeName: {}
-  restartPolicy: Never
-  terminationGracePeriodSeconds: 1
-  containers:
-  - name: main
-    image: {image}
-    imagePullPolicy: Always
-    command: [/bin/sh, -c, {}]
-",
-        node_name(INDEX),
-        serde_json::to_string(script)?
-    ))?;
+    apply_script(lab, INDEX, name, (image, script), "Never")?;
     Ok(Pod(lab, name))
 }
 
@@ -148,7 +150,9 @@ fn dead_dns_joining_by_address_goes_on_and_pulls_fail_clearly_until_it_is_back()
     let from = host.machine.serial.position();
     offer(lab, None, &[&dead_dns()])?;
     host.machine.serial.expect("DNS is dead", from, RENEWED)?;
-    let pod = pod(lab, "dns-dead", BUSYBOX, "echo ran")?;
+    // An image that the host does not have yet.
+    lab.registry.push("not-yet-here", "1", &Image::busybox()?)?;
+    let pod = pod(lab, "dns-dead", "registry.lab:5000/not-yet-here:1", "echo ran")?;
     let selector = "involvedObject.name=dns-dead,reason=Failed";
     let message = wait_for("an event of the failed pull", POD, || {
         let path = "jsonpath={.items[*].message}";
@@ -166,7 +170,7 @@ fn dead_dns_joining_by_address_goes_on_and_pulls_fail_clearly_until_it_is_back()
 fn lease_renewed_with_another_address_moves_node_and_serving_certificate_and_no_pod() -> anyhow::Result<()> {
     let host = host();
     let lab = &lab().1;
-    let pod = pod(lab, "moves", BUSYBOX, "echo ran; sleep 1000000")?;
+    let pod = pod(lab, "moves", BUSYBOX, STAYS)?;
     pod.wait("{.status.phase}", "Running", POD)?;
     pod.wait_logs("ran\n")?;
     let name = node_name(INDEX);
@@ -188,7 +192,7 @@ fn lease_renewed_with_another_address_moves_node_and_serving_certificate_and_no_
 fn cable_pulled_and_put_back() -> anyhow::Result<()> {
     let host = host();
     let lab = &lab().1;
-    let pod = pod(lab, "unplugged", BUSYBOX, "echo ran; sleep 1000000")?;
+    let pod = pod(lab, "unplugged", BUSYBOX, STAYS)?;
     pod.wait("{.status.phase}", "Running", POD)?;
     let from = host.machine.serial.position();
     host.machine.cable(false)?;
@@ -200,22 +204,6 @@ fn cable_pulled_and_put_back() -> anyhow::Result<()> {
     pod.untouched()?;
     assert_eq!(node(lab, ADDRESS)?, address(INDEX));
     Ok(())
-}
-
-/// An image of 4 MiB that does not compress.
-fn noise() -> anyhow::Result<Image> {
-    let mut noise = vec![0_u8; 4 << 20];
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    for byte in &mut noise {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        *byte = (state >> 56) as u8;
-    }
-    let busybox = std::fs::read("/bin/busybox")?;
-    let layer = Layer::default().directory("bin", 0o755)?.file("bin/busybox", 0o755, &busybox)?;
-    let layer = layer.symlink("bin/sh", "busybox")?.symlink("bin/nc", "busybox")?;
-    let layer =
-        layer.symlink("bin/yes", "busybox")?.symlink("bin/head", "busybox")?.symlink("bin/cat", "busybox")?;
-    Image::new(vec![layer, Layer::default().file("noise", 0o644, &noise)?], json!({}))
 }
 
 #[test]
@@ -234,7 +222,7 @@ fn mtu_1400_on_the_path_reaches_the_link_and_nothing_hangs() -> anyhow::Result<(
         let mtu = inspector.read(&format!("/sys/class/net/{link}/mtu"))?;
         ensure!(mtu.trim() == "1400", "the MTU of {link} is {mtu}");
         // A pull of 4 MiB down; up, 4 MiB of a pod and its log of 600 KiB.
-        lab.registry.push("noise", "1", &noise()?)?;
+        lab.registry.push("noise", "1", &Image::busybox_with_noise(4, 1)?)?;
         let listener = TcpListener::bind((SERVER, 0))?;
         let port = listener.local_addr()?.port();
         let script = format!("yes 0123456789 | head -n 60000; cat /noise | nc {SERVER} {port}; echo sent");
@@ -261,7 +249,7 @@ fn mtu_1400_on_the_path_reaches_the_link_and_nothing_hangs() -> anyhow::Result<(
 fn hostd_killed_and_hostd_stopped_comes_back_and_the_network_stays() -> anyhow::Result<()> {
     let host = host();
     let lab = &lab().1;
-    let pod = pod(lab, "hostd-gone", BUSYBOX, "echo ran; sleep 1000000")?;
+    let pod = pod(lab, "hostd-gone", BUSYBOX, STAYS)?;
     pod.wait("{.status.phase}", "Running", POD)?;
     let inspector = Inspector::new(&address(INDEX))?;
     for (signal, found_out) in [

@@ -1,6 +1,6 @@
 //! What goes wrong before a host is a node gives one clear line on its console.
 
-use crate::shared::lab;
+use crate::own::own_host;
 use atoll_qemu_test::artifacts::Profile;
 use atoll_qemu_test::machine::Machine;
 use atoll_qemu_test::process::wait_for;
@@ -11,9 +11,7 @@ const LINE: Duration = Duration::from_secs(240);
 
 /// Boots a host with this config, waits for a line on its console, and checks that it never became a node.
 fn console_says(change: impl Fn(&str) -> String, needle: &str, words: &[&str]) -> anyhow::Result<()> {
-    static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
-    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let (artifacts, lab) = lab();
+    let (_turn, artifacts, lab) = own_host();
     let config = change(&lab.machine_config(INDEX)?);
     let mut spec = lab.machine_spec(artifacts, Profile::Release, INDEX, Some(config));
     spec.memory_mib = 1536;
@@ -74,7 +72,8 @@ fn with_token(config: &str, token: &str) -> String {
 
 #[test]
 fn expired_token_is_named() -> anyhow::Result<()> {
-    let supervisor = &lab().1.supervisor;
+    let (_turn, _, lab) = own_host();
+    let supervisor = &lab.supervisor;
     let token = supervisor.create_token("1s")?;
     let id = token.split('.').next().unwrap_or_default().to_owned();
     // From then on nobody signs with it.
@@ -92,7 +91,8 @@ fn expired_token_is_named() -> anyhow::Result<()> {
 
 #[test]
 fn revoked_token_is_named() -> anyhow::Result<()> {
-    let supervisor = &lab().1.supervisor;
+    let (_turn, _, lab) = own_host();
+    let supervisor = &lab.supervisor;
     let token = supervisor.create_token("1h")?;
     supervisor.delete_token(&token)?;
     let id = token.split('.').next().unwrap_or_default();

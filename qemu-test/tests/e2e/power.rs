@@ -1,14 +1,14 @@
 //! Power cut at any moment: QEMU is killed where it stands and booted again, and everything is right.
 
-use crate::shared::{lab, long};
+use crate::own::{STAYS, apply_script, console, own_host, power_off};
+use crate::shared::long;
 use anyhow::{Context, ensure};
 use atoll_qemu_test::artifacts::Profile;
 use atoll_qemu_test::inspect::{Inspector, Step};
 use atoll_qemu_test::lab::{BUSYBOX, Lab, node_name};
 use atoll_qemu_test::machine::Machine;
-use atoll_qemu_test::oci::{Image, Layer};
+use atoll_qemu_test::oci::Image;
 use atoll_qemu_test::process::wait_for;
-use serde_json::json;
 use std::time::Duration;
 
 const INDEX: usize = 5;
@@ -46,34 +46,8 @@ fn moment(random: &mut u64) -> Moment {
 
 /// An image of its own for each round, so that there is always something to pull.
 fn push_image(lab: &Lab, round: u32) -> anyhow::Result<()> {
-    let mut noise = vec![0_u8; 4 << 20];
-    let mut state = u64::from(round) | 1;
-    for byte in &mut noise {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        *byte = (state >> 56) as u8;
-    }
-    let busybox = std::fs::read("/bin/busybox").context("cannot read /bin/busybox: ./just setup")?;
-    let layer = Layer::default().directory("bin", 0o755)?.file("bin/busybox", 0o755, &busybox)?;
-    let layer = layer.symlink("bin/sh", "busybox")?.symlink("bin/sleep", "busybox")?;
-    let filling = Layer::default().file("noise", 0o644, &noise)?;
-    lab.registry.push("cut", &round.to_string(), &Image::new(vec![layer, filling], json!({}))?).map(drop)
-}
-
-fn apply(lab: &Lab, name: &str, image: &str) -> anyhow::Result<()> {
-    lab.supervisor.apply(&format!(
-        "apiVersion: v1
-kind: Pod
-metadata: {{name: {name}}}
-spec:
-  nodeName: {}
-  terminationGracePeriodSeconds: 1
-  containers:
-  - name: main
-    image: {image}
-    command: [/bin/sh, -c, 'echo ran; sleep 1000000']
-",
-        node_name(INDEX)
-    ))
+    let image = Image::busybox_with_noise(4, u64::from(round) << 1)?;
+    lab.registry.push("cut", &round.to_string(), &image).map(drop)
 }
 
 /// The host of this boot is Ready: what the API says may still be of the one before.
@@ -96,12 +70,12 @@ fn cut(lab: &Lab, machine: &mut Machine, host: &Inspector, moment: Moment, round
         Moment::Step(step) => {
             wait_up(lab, machine, host)?;
             push_image(lab, round)?;
-            apply(lab, POD, &format!("registry.lab:5000/cut:{round}"))?;
+            apply_script(lab, INDEX, POD, (&format!("registry.lab:5000/cut:{round}"), STAYS), "Always")?;
             host.at(POD, step, DEADLINE, None)?;
         }
         Moment::Delete(after) => {
             wait_up(lab, machine, host)?;
-            apply(lab, POD, BUSYBOX)?;
+            apply_script(lab, INDEX, POD, (BUSYBOX, STAYS), "Always")?;
             lab.supervisor.wait_field("pod", POD, "{.status.phase}", "Running", DEADLINE)?;
             lab.supervisor.kubectl_ok(&["delete", "pod", POD, "--wait=false"])?;
             let at = std::time::Instant::now() + after;
@@ -145,8 +119,7 @@ fn all_is_right(lab: &Lab, machine: &mut Machine, host: &Inspector, from: usize)
             .with_context(|| describe(lab, pod))?;
         }
     }
-    let text = machine.serial.text();
-    let console = text.get(from..).unwrap_or_default();
+    let console = console(machine, from);
     for bad in ["EXT4-fs error", "I/O error", "panicked", "state.json"] {
         if let Some(line) = console.lines().find(|line| line.contains(bad)) {
             anyhow::bail!("the console says {line:?}");
@@ -165,7 +138,7 @@ fn host_boot_id(host: &Inspector) -> anyhow::Result<String> {
 
 #[test]
 fn power_cuts_at_random_moments_lose_nothing() -> anyhow::Result<()> {
-    let (artifacts, lab) = lab();
+    let (_turn, artifacts, lab) = own_host();
     let cuts = if long() { 50 } else { 3 };
     let seed = std::env::var("ATOLL_SEED")
         .ok()
@@ -176,7 +149,7 @@ fn power_cuts_at_random_moments_lose_nothing() -> anyhow::Result<()> {
     let mut machine = lab.boot_host(artifacts, Profile::Test, INDEX)?;
     let host = Inspector::new(&machine.address())?;
     lab.wait_ready(&mut machine, INDEX)?;
-    apply(lab, "stays", BUSYBOX)?;
+    apply_script(lab, INDEX, "stays", (BUSYBOX, STAYS), "Always")?;
     lab.supervisor.wait_field("pod", "stays", "{.status.phase}", "Running", DEADLINE)?;
     for round in 1..=cuts {
         let moment = moment(&mut random);
@@ -195,7 +168,6 @@ fn power_cuts_at_random_moments_lose_nothing() -> anyhow::Result<()> {
         lab.supervisor.kubectl_ok(&["delete", "pod", POD, "--ignore-not-found"])?;
     }
     lab.supervisor.kubectl_ok(&["delete", "pod", "stays"])?;
-    machine.press_power_button()?;
-    machine.wait_off(Duration::from_secs(120))?;
+    power_off(&mut machine)?;
     lab.supervisor.kubectl_ok(&["delete", "node", &node_name(INDEX)]).map(drop)
 }

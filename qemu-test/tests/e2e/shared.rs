@@ -1,5 +1,6 @@
 //! The lab and the host that the tests share, and what most tests need.
 
+use crate::turns::{self, Turn, Use};
 use anyhow::Context;
 use atoll_qemu_test::artifacts::{Artifacts, Profile};
 use atoll_qemu_test::inspect::Inspector;
@@ -7,7 +8,7 @@ use atoll_qemu_test::lab::Lab;
 use atoll_qemu_test::machine::Machine;
 use atoll_qemu_test::process::wait_for;
 use atoll_qemu_test::progress::Progress;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 /// Deadline for a pod to get where it should under emulation, image pull included.
@@ -18,9 +19,8 @@ pub fn long() -> bool {
     std::env::var_os("ATOLL_SOAK").is_some()
 }
 
-/// The lab without a host: for tests that boot their own.
+/// The lab without a host: whoever uses it has its turn ([`turns`]).
 pub fn lab() -> &'static (Artifacts, Lab) {
-    crate::control_plane::needed();
     static LAB: OnceLock<Result<(Artifacts, Lab), String>> = OnceLock::new();
     let lab = LAB.get_or_init(|| {
         let start = || {
@@ -55,21 +55,10 @@ pub fn machine() -> MutexGuard<'static, Machine> {
     }
 }
 
-/// How many tests use the shared host now; a test that harms it waits until there is none.
-static USERS: (Mutex<Users>, Condvar) = (Mutex::new(Users { shared: 0, alone: false }), Condvar::new());
-
-struct Users {
-    shared: usize,
-    alone: bool,
-}
-
-/// A test's hold on the shared host, and its lab. Held alone or with others; when the last one of a test goes, the
-/// host must have nothing in it that belongs to nobody.
+/// A test's hold on the shared host, and its lab.
 #[derive(Clone)]
-pub struct Shared(Arc<Hold>);
-
-struct Hold {
-    alone: bool,
+pub struct Shared {
+    _turn: Arc<Turn>,
 }
 
 impl std::ops::Deref for Shared {
@@ -81,19 +70,10 @@ impl std::ops::Deref for Shared {
 }
 
 impl Shared {
-    fn take(alone: bool) -> Self {
-        let (users, changed) = &USERS;
-        let mut users = users.lock().unwrap_or_else(PoisonError::into_inner);
-        // Those that share go first: a test may ask twice, and must not wait for one that waits for it.
-        while users.alone || (alone && users.shared > 0) {
-            users = changed.wait(users).unwrap_or_else(PoisonError::into_inner);
-        }
-        if alone {
-            users.alone = true;
-        } else {
-            users.shared += 1;
-        }
-        Self(Arc::new(Hold { alone }))
+    fn take(wanted: Use) -> Self {
+        let turn = turns::take(wanted);
+        drop(machine());
+        Self { _turn: turn }
     }
 
     /// Looks into the shared host and signals its processes.
@@ -102,40 +82,19 @@ impl Shared {
     }
 }
 
-impl Drop for Hold {
-    fn drop(&mut self) {
-        let checked = if std::thread::panicking() {
-            Ok(())
-        } else {
-            Inspector::new(&atoll_qemu_test::network::address(0)).and_then(|host| host.nothing_leaked())
-        };
-        let (users, changed) = &USERS;
-        let mut users = users.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.alone {
-            users.alone = false;
-        } else {
-            users.shared -= 1;
-        }
-        changed.notify_all();
-        drop(users);
-        if let Err(error) = checked {
-            panic!("after this test: {error:#}");
-        }
-    }
-}
-
 /// The lab with `node-1` Ready, shared with the tests that run beside.
 pub fn ready_lab() -> Shared {
-    let shared = Shared::take(false);
-    drop(machine());
-    shared
+    Shared::take(Use::SharedHost)
 }
 
 /// The lab with `node-1` Ready, for a test that harms it or measures it: waits until no other test uses it.
 pub fn alone() -> Shared {
-    let shared = Shared::take(true);
-    drop(machine());
-    shared
+    Shared::take(Use::SharedHostAlone)
+}
+
+/// The lab with `node-1` Ready, for a test that harms the control plane: waits until there is no other test.
+pub fn alone_in_the_lab() -> Shared {
+    Shared::take(Use::Lab)
 }
 
 /// A pod that is deleted, without waiting, when the test ends.
