@@ -45,6 +45,8 @@ impl App {
         let host = Arc::new(LinuxHost::new(&config));
         if let Err(why) = host.check() {
             tracing::error!(why, "pods cannot run");
+        } else {
+            host.hold_machine();
         }
         Self::start_on(config, host).await
     }

@@ -3,11 +3,11 @@
 //!
 //! These tests harm the Supervisor that all others use: each waits until nobody else needs it ([`alone`]).
 
-use crate::shared::{Shared, alone_in_the_lab, lab, machine, shell_pod};
+use crate::own::{self, STAYS, apply_script, own_host, power_off};
+use crate::shared::{Shared, alone_in_the_lab, lab, long, machine, shell_pod};
 use anyhow::{Context, ensure};
-use atoll_qemu_test::artifacts::Profile;
+use atoll_qemu_test::artifacts::{Artifacts, Profile};
 use atoll_qemu_test::lab::{BUSYBOX, Lab, node_name};
-use atoll_qemu_test::machine::Machine;
 use atoll_qemu_test::process::wait_for;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
@@ -32,10 +32,11 @@ fn alone() -> Alone {
 impl Drop for Alone {
     fn drop(&mut self) {
         // A test that failed in the middle leaves it as it may be: the others need it whole.
-        if std::thread::panicking() {
-            self.host.supervisor.stop();
+        let supervisor = &self.host.supervisor;
+        if !supervisor.kubectl(&["get", "--raw", "/readyz"]).is_ok_and(|output| output.code == 0) {
+            supervisor.stop();
             // What fails here fails in every other test, with its reason.
-            let _ = self.host.supervisor.resume(&[]);
+            let _ = supervisor.resume(&[]);
         }
     }
 }
@@ -160,8 +161,9 @@ fn node_object_deleted_by_hand_comes_back_ready_and_pods_stay() -> anyhow::Resul
 }
 
 /// What came of a host that was off for a while.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 struct OffHost {
+    /// Empty in the short form: nobody waited for a certificate.
     renewed: String,
     joined_again: String,
     before: String,
@@ -174,55 +176,71 @@ const POD: &str = "same-name";
 const UID_AND_RUNS: &str = "{.metadata.uid} {.status.containerStatuses[0].restartCount}";
 
 fn apply(lab: &Lab) -> anyhow::Result<String> {
-    let node = node_name(INDEX);
-    lab.supervisor.apply(&format!(
-        "apiVersion: v1\nkind: Pod\nmetadata: {{name: {POD}}}\nspec:\n  nodeName: {node}\n  terminationGracePeriodSeconds: 1\n  containers:\n  - name: main\n    image: {BUSYBOX}\n    command: [/bin/sh, -c, 'echo ran; sleep 1000000']\n"
-    ))?;
+    apply_script(lab, INDEX, POD, (BUSYBOX, STAYS), "Always")?;
     lab.supervisor.field("pod", POD, "{.metadata.uid}")
 }
 
-/// One host for the three tests below: its certificate is renewed, it is switched off, its pod is deleted and made
-/// again, its certificate expires, it is switched on.
-fn off_host() -> anyhow::Result<OffHost> {
+/// One host for the three tests below: it is switched off, its pod is deleted and made again, it is switched on. In
+/// the long form its certificate is renewed before and expires meanwhile.
+fn off_host() -> anyhow::Result<&'static OffHost> {
     static SEEN: OnceLock<Result<OffHost, String>> = OnceLock::new();
-    let seen = SEEN.get_or_init(|| {
+    own::story(&SEEN, || {
+        if !long() {
+            let (_turn, artifacts, lab) = own_host();
+            return switch_off_and_on(artifacts, lab);
+        }
         let alone = alone();
-        let seen = switch_off_and_on(&alone.host);
-        let cleaned = alone.host.supervisor.kubectl(&["delete", "pod", POD, "--force", "--grace-period=0"]);
+        let (artifacts, lab) = lab();
+        let seen = short_certificates(lab).and_then(|()| switch_off_and_on(artifacts, lab));
         alone.host.supervisor.stop();
-        let whole = alone.host.supervisor.resume(&[]);
-        seen.and_then(|seen| cleaned.and(whole).map(|()| seen)).map_err(|error| format!("{error:#}"))
-    });
-    seen.clone().map_err(anyhow::Error::msg)
+        alone.host.supervisor.resume(&[])?;
+        seen
+    })
 }
 
-fn switch_off_and_on(host: &Shared) -> anyhow::Result<OffHost> {
-    let (artifacts, lab) = lab();
-    let node = node_name(INDEX);
-    host.supervisor.stop();
-    host.supervisor.resume(&["--host-certificates", &format!("{}s", SHORT.as_secs())])?;
+fn short_certificates(lab: &Lab) -> anyhow::Result<()> {
+    lab.supervisor.stop();
+    lab.supervisor.resume(&["--host-certificates", &format!("{}s", SHORT.as_secs())])
+}
+
+fn switch_off_and_on(artifacts: &Artifacts, lab: &Lab) -> anyhow::Result<OffHost> {
+    let mut seen = OffHost {
+        renewed: String::new(),
+        joined_again: String::new(),
+        before: String::new(),
+        recreated: String::new(),
+        after: String::new(),
+        nodes_alike: false,
+    };
     let mut machine = lab.boot_host(artifacts, Profile::Test, INDEX)?;
     lab.wait_ready(&mut machine, INDEX)?;
-    let uid = lab.supervisor.field("node", &node, "{.metadata.uid}")?;
+    let node = || lab.supervisor.field("node", &node_name(INDEX), "{.metadata.uid}");
+    let first_node = node()?;
     apply(lab)?;
     lab.supervisor.wait_field("pod", POD, "{.status.phase}", "Running", OFF_DEADLINE)?;
-    let before = lab.supervisor.field("pod", POD, UID_AND_RUNS)?;
-    let renewed = machine.serial.expect("client certificate renewed, valid until", 0, OFF_DEADLINE)?;
+    seen.before = lab.supervisor.field("pod", POD, UID_AND_RUNS)?;
+    if long() {
+        seen.renewed = machine.serial.expect("client certificate renewed, valid until", 0, OFF_DEADLINE)?;
+    }
     let signed = Instant::now();
-    machine.press_power_button()?;
-    machine.wait_off(Duration::from_secs(120))?;
+    power_off(&mut machine)?;
     lab.supervisor.kubectl_ok(&["delete", "pod", POD, "--force", "--grace-period=0"])?;
-    let recreated = apply(lab)?;
-    wait_for("the certificate to expire", SHORT * 2, || Ok((signed.elapsed() > SHORT).then_some(())))?;
+    seen.recreated = apply(lab)?;
+    if long() {
+        wait_for("the certificate to expire", SHORT * 2, || Ok((signed.elapsed() > SHORT).then_some(())))?;
+    }
     let from = machine.serial.position();
     let mut machine = machine.boot_again()?;
-    let joined_again = machine.serial.expect("joining again", from, OFF_DEADLINE)?;
+    if long() {
+        seen.joined_again = machine.serial.expect("joining again", from, OFF_DEADLINE)?;
+    }
     machine.serial.expect("host is up", from, OFF_DEADLINE)?;
-    let after = running_pod(lab, &recreated).with_context(|| machine.serial.text())?;
+    seen.after = running_pod(lab, &seen.recreated).with_context(|| machine.serial.text())?;
     lab.wait_ready(&mut machine, INDEX)?;
-    let nodes_alike = lab.supervisor.field("node", &node, "{.metadata.uid}")? == uid;
-    switched_off(machine)?;
-    Ok(OffHost { renewed, joined_again, before, recreated, after, nodes_alike })
+    seen.nodes_alike = node()? == first_node;
+    lab.supervisor.kubectl_ok(&["delete", "pod", POD, "--force", "--grace-period=0"])?;
+    power_off(&mut machine)?;
+    Ok(seen)
 }
 
 fn running_pod(lab: &Lab, uid: &str) -> anyhow::Result<String> {
@@ -231,12 +249,6 @@ fn running_pod(lab: &Lab, uid: &str) -> anyhow::Result<String> {
         Ok((phase == format!("Running {uid}")).then_some(()))
     })?;
     lab.supervisor.field("pod", POD, UID_AND_RUNS)
-}
-
-/// Nothing of it is left to run beside the other tests.
-fn switched_off(mut machine: Machine) -> anyhow::Result<()> {
-    machine.press_power_button()?;
-    machine.wait_off(Duration::from_secs(120))
 }
 
 #[test]

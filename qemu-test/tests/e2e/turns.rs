@@ -10,7 +10,7 @@ use std::cell::RefCell;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 /// Tests with hosts of their own that run at once: each boots, and booting takes a whole processor.
-const OWN_AT_ONCE: usize = 1;
+const OWN_AT_ONCE: usize = 2;
 /// Tests on the shared host that run at once.
 const SHARED_AT_ONCE: usize = 3;
 

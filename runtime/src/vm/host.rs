@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::vm::address::PodCidr;
 use crate::vm::guest::Dialled;
 use crate::vm::jail;
+use crate::vm::keeper::Keeper;
 use crate::vm::network::{self, Filter, Port};
 use atoll_spec::ids::SandboxId;
 use atoll_spec::units::{GuestCid, MiB};
@@ -15,7 +16,7 @@ use futures_util::future::BoxFuture;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
@@ -136,12 +137,26 @@ pub trait Host: Send + Sync + 'static {
 pub struct LinuxHost {
     config: Config,
     filter: Filter,
+    keeper: Mutex<Option<Keeper>>,
 }
 
 impl LinuxHost {
     /// Takes paths from the settings.
     pub fn new(config: &Config) -> Self {
-        Self { config: config.clone(), filter: Filter::new(&config.nft) }
+        Self { config: config.clone(), filter: Filter::new(&config.nft), keeper: Mutex::default() }
+    }
+}
+
+impl LinuxHost {
+    /// Holds a virtual machine from now on ([`Keeper`]). Without it pods run all the same.
+    pub fn hold_machine(&self) {
+        let mut keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner);
+        if keeper.is_none() {
+            match Keeper::new(&self.config.kvm) {
+                Ok(held) => *keeper = Some(held),
+                Err(error) => tracing::warn!("{error}"),
+            }
+        }
     }
 }
 
@@ -183,6 +198,8 @@ impl Host for LinuxHost {
 
     fn boot_files(&self) -> Result<BootFiles> {
         let c = &self.config;
+        // For a host that could not run virtual machines when this process was started.
+        self.hold_machine();
         Ok(BootFiles {
             kvm: open(&c.kvm, true)?,
             kernel: open(&c.guest_kernel, false)?,

@@ -9,6 +9,7 @@ pub mod fuzz;
 pub mod guest;
 pub mod host;
 pub mod jail;
+mod keeper;
 pub mod launch;
 pub mod network;
 pub mod pod;
