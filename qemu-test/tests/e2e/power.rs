@@ -110,8 +110,12 @@ fn all_is_right(lab: &Lab, machine: &mut Machine, host: &Inspector, from: usize)
                 "True",
                 DEADLINE,
             )?;
-            let log = lab.supervisor.kubectl_ok(&["logs", pod])?;
-            ensure!(log == "ran\n", "{pod} said {log:?}");
+            // It is Ready with its start; its first line comes a moment later.
+            wait_for("the pod's line", DEADLINE, || {
+                let log = lab.supervisor.kubectl_ok(&["logs", pod])?;
+                ensure!(log.is_empty() || log == "ran\n", "{pod} said {log:?}");
+                Ok((!log.is_empty()).then_some(()))
+            })?;
         } else {
             wait_for("the deleted pod to be gone", DEADLINE, || {
                 Ok(lab.supervisor.field("pod", pod, "{.metadata.name}")?.is_empty().then_some(()))
