@@ -100,10 +100,11 @@ impl Keeper<'_> {
         let computed = status::compute(&facts, &before, jiff::Timestamp::now());
         let ready = status::is_ready(&computed);
         let comparable = status::without_heartbeats(&computed);
-        let due = self
-            .posted
-            .as_ref()
-            .is_none_or(|(posted, at)| *posted != comparable || at.elapsed() >= POST_UNCHANGED);
+        let due = !status::is_known(&computed, &before)
+            || self
+                .posted
+                .as_ref()
+                .is_none_or(|(posted, at)| *posted != comparable || at.elapsed() >= POST_UNCHANGED);
         if due {
             node = self.post(&name, &computed).await?;
             if ready && !status::is_ready(&before) {

@@ -161,6 +161,13 @@ pub(super) fn is_ready(status: &NodeStatus) -> bool {
     status.conditions.iter().flatten().any(|c| c.type_ == "Ready" && c.status == "True")
 }
 
+/// Whether the API server's status has each condition of `computed` as it is. It need not, though nothing changed here: the
+/// node controller sets them to Unknown when the lease was not renewed in time.
+pub(super) fn is_known(computed: &NodeStatus, server: &NodeStatus) -> bool {
+    let theirs = |name: &str| server.conditions.iter().flatten().find(|c| c.type_ == name);
+    computed.conditions.iter().flatten().all(|own| theirs(&own.type_).is_some_and(|c| c.status == own.status))
+}
+
 /// The status without what changes at every computation, to compare.
 pub(super) fn without_heartbeats(status: &NodeStatus) -> NodeStatus {
     let mut status = status.clone();
@@ -234,6 +241,19 @@ mod tests {
         sick.pod_cidr_known = false;
         let third = compute(&sick, &second, later);
         assert_eq!(condition(&third, "Ready").last_transition_time, Some(Time(later)));
+    }
+
+    #[test]
+    fn status_that_the_node_controller_set_to_unknown_is_not_the_one_that_is_known() {
+        let posted = compute(&healthy(), &NodeStatus::default(), Timestamp::UNIX_EPOCH);
+        assert!(is_known(&posted, &posted));
+        let mut server = posted.clone();
+        for condition in server.conditions.iter_mut().flatten() {
+            condition.status = "Unknown".into();
+            condition.reason = Some("NodeStatusUnknown".into());
+        }
+        assert!(!is_known(&compute(&healthy(), &server, Timestamp::UNIX_EPOCH), &server));
+        assert!(!is_known(&posted, &NodeStatus::default()));
     }
 
     #[test]

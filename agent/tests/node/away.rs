@@ -182,6 +182,17 @@ async fn node_object_deleted_by_hand_comes_back_as_it_was_and_pods_stay() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn node_that_was_given_up_for_unknown_says_that_it_is_ready_as_soon_as_it_sees_it() {
+    let host = Host::ready().await;
+    let mut node = host.cluster.get(NODE).unwrap();
+    for condition in node["status"]["conditions"].as_array_mut().unwrap() {
+        condition["status"] = "Unknown".into();
+    }
+    host.cluster.put(NODE, node);
+    host.wait_ready().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn pod_recreated_with_its_name_while_the_host_was_down_is_another_pod() {
     let mut host = Host::ready().await;
     host.bind("same", Value::Null);
