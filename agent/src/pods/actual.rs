@@ -148,10 +148,16 @@ pub struct Actual {
 
 impl Actual {
     /// Puts the newest first.
-    pub fn new(mut sandboxes: Vec<Sandbox>, mut containers: Vec<Ran>) -> Self {
-        sandboxes.sort_by_key(|s| std::cmp::Reverse((s.attempt, s.created)));
-        containers.sort_by_key(|c| std::cmp::Reverse((c.restarts, c.created)));
-        Self { sandboxes, containers }
+    pub fn new(sandboxes: Vec<Sandbox>, containers: Vec<Ran>) -> Self {
+        let mut actual = Self { sandboxes, containers };
+        actual.sort();
+        actual
+    }
+
+    /// The newest first.
+    pub fn sort(&mut self) {
+        self.sandboxes.sort_by_key(|s| std::cmp::Reverse((s.attempt, s.created)));
+        self.containers.sort_by_key(|c| std::cmp::Reverse((c.restarts, c.created)));
     }
 
     /// The sandbox that containers run in.
@@ -174,13 +180,13 @@ impl Actual {
         self.containers.iter().filter(|c| c.state == State::Running)
     }
 
-    /// The same without the newest run of a container that is just being started: until its hooks are done, it does
-    /// not count.
+    /// The same without what has been made since `since` of a container that is just being started: until its start
+    /// is done, hooks and all, it does not count, even when it has ended already.
     #[must_use]
     pub fn without_starting(&self, name: Option<&str>, since: i64) -> Self {
         let mut rest = self.clone();
         if let Some(name) = name {
-            rest.containers.retain(|c| c.name != name || c.created < since || c.state == State::Exited);
+            rest.containers.retain(|c| c.name != name || c.created < since);
         }
         rest
     }

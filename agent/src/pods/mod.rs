@@ -6,10 +6,11 @@
 //! ```
 //!
 //! Called by `app`, once. Pure (◇): `desired`, `refuse`, `actual`, `plan`, `fate`, `phase`, `conditions`, `status`,
-//! `backoff`, `env`, `resources`, `dns`, `sandbox_config`, `container_config`, `pull_secrets`. Invariant: all state of
+//! `attempts`, `backoff`, `env`, `resources`, `dns`, `sandbox_config`, `container_config`, `pull_secrets`. Invariant: all state of
 //! a pod is in the API server and the runtime; a restarted agent finds it again by labels.
 
 pub mod actual;
+mod attempts;
 mod backoff;
 mod cleanup;
 mod conditions;

@@ -13,7 +13,8 @@
 //! order of the spec; a stopping pod is never given a start.
 
 use super::actual::{Actual, Ran, State};
-use super::backoff::Backoff;
+use super::attempts::CRASH_LOOP;
+use super::backoff::{self, Backoff};
 use super::desired::{Container, Desired, Role};
 use jiff::Timestamp;
 use std::collections::{BTreeMap, BTreeSet};
@@ -158,7 +159,7 @@ impl Memory {
 pub struct Plan {
     /// To do now; those of one plan may run at the same time.
     pub actions: Vec<Action>,
-    /// Containers in back-off.
+    /// Containers that are put off for their back-off.
     pub waiting: BTreeMap<String, Waiting>,
     /// When to ask again at the latest.
     pub wake: Option<Timestamp>,
@@ -340,15 +341,20 @@ impl Starts<'_> {
     }
 
     fn restart(&mut self, container: &Container, ran: &Ran) {
-        if let Some(until) = self.memory.crashes.until(&container.name, ran.ended(), self.now) {
-            let message = format!(
-                "back-off {} restarting failed container={} pod={}",
-                short_duration(self.memory.crashes.delay_seconds(&container.name)),
-                container.name,
-                self.desired.key.long()
-            );
-            let reason = "CrashLoopBackOff".to_owned();
-            self.plan.waiting.insert(container.name.clone(), Waiting { reason, message });
+        let name = &container.name;
+        // The attempt under way is counted already: the wait after it is not this one's.
+        if self.memory.busy.contains(&Target::Start(name.clone())) {
+            return;
+        }
+        // The wait after a failed start comes first, for it is the news.
+        if let Some(until) = self.memory.not_before.get(name).filter(|until| **until > self.now) {
+            self.plan.wake_at(*until);
+            return;
+        }
+        if let Some(until) = self.memory.crashes.until(name, ran.ended(), self.now) {
+            let seconds = self.memory.crashes.delay_seconds(name);
+            let message = backoff::message(seconds, name, &self.desired.key.long());
+            self.plan.waiting.insert(name.clone(), Waiting { reason: CRASH_LOOP.to_owned(), message });
             self.plan.wake_at(until);
             return;
         }
@@ -370,17 +376,17 @@ impl Starts<'_> {
     }
 }
 
-/// `10s`, `1m20s`, `5m0s`.
-fn short_duration(seconds: i64) -> String {
-    if seconds < 60 { format!("{seconds}s") } else { format!("{}m{}s", seconds / 60, seconds % 60) }
-}
-
-/// Keeps, of each container, the newest run and one ended before it, for `kubectl logs --previous`.
+/// Keeps, of each container, the newest run and the last one that ended before it, for `kubectl logs --previous`. Runs
+/// that were made and never started are in nobody's way, but they would be ever more.
 fn collect_garbage(plan: &mut Plan, desired: &Desired, actual: &Actual, memory: &Memory) {
     for container in &desired.containers {
-        let ended = |r: &&Ran| r.state == State::Exited && !r.sandbox.is_empty();
-        for old in actual.runs(&container.name).skip(2).filter(ended) {
-            plan.give(memory, Action::RemoveContainer { id: old.id.clone() });
+        let mut kept = false;
+        for old in actual.runs(&container.name).skip(1).filter(|r| !r.sandbox.is_empty()) {
+            let ended = old.state == State::Exited;
+            if (ended && kept) || old.state == State::Created {
+                plan.give(memory, Action::RemoveContainer { id: old.id.clone() });
+            }
+            kept |= ended;
         }
     }
     for old in actual.sandboxes.iter().skip(1) {

@@ -90,6 +90,21 @@ fn a_crash_waits_for_its_back_off() {
 }
 
 #[test]
+fn starts_that_fail_push_out_no_run_that_ended() {
+    let desired = pod("{containers: [{name: a, image: i}]}");
+    let mut seen = actual(vec![
+        ran("a", 4, State::Running, 0),
+        ran("a", 3, State::Created, 0),
+        ran("a", 2, State::Created, 0),
+        ran("a", 1, State::Exited, 1),
+        ran("a", 0, State::Exited, 1),
+    ]);
+    assert_eq!(step(&desired, &seen), ["remove a-3", "remove a-2", "remove a-0"]);
+    seen.containers.remove(0);
+    assert_eq!(step(&desired, &seen)[1..], ["remove a-2", "remove a-0"]);
+}
+
+#[test]
 fn an_ephemeral_container_runs_once_and_counts_for_nothing() {
     let spec = "{containers: [{name: a, image: i}], ephemeralContainers: [{name: e, image: i, targetContainerName: a}]}";
     let desired = pod(spec);

@@ -19,7 +19,7 @@ pub struct Inputs<'a> {
     pub desired: &'a Desired,
     /// What the runtime has.
     pub actual: &'a Actual,
-    /// Why containers are not running, by name.
+    /// Why the last attempts to start containers did not bring them up, by name.
     pub waiting: &'a BTreeMap<String, Waiting>,
     /// Probe results by container id.
     pub probed: &'a BTreeMap<String, Probed>,
@@ -133,12 +133,16 @@ fn container_status(inputs: &Inputs<'_>, container: &Container) -> api::Containe
     let (current, previous) = (runs.next(), runs.next());
     let id = |ran: &Ran| format!("{}://{}", inputs.runtime, ran.id);
     let mut state = state_of(inputs, current, &id);
-    let mut last = previous.filter(|r| r.state == State::Exited).map(|r| terminated(r, &id));
-    if last.is_none() {
-        last = forgotten_last_state(inputs.old, container, current, &id);
-    }
+    let known = previous.filter(|r| r.state == State::Exited);
+    let forgotten = forgotten_last_state(inputs.old, container, current, &id);
+    let newer = forgotten.filter(|(number, _)| known.is_none_or(|r| i64::from(r.restarts) < *number));
+    let mut last = newer.map(|(_, ended)| ended).or_else(|| known.map(|r| terminated(r, &id)));
     // What the API calls waiting is a wish that is not met; an end without one stays an end.
-    if let Some(waiting) = inputs.waiting.get(&container.name).filter(|_| state.running.is_none()) {
+    let wanted = match current {
+        Some(ran) if ran.state == State::Exited => container.restarts_after(ran.exit_code),
+        ran => ran.is_none_or(|ran| ran.state != State::Running),
+    };
+    if let Some(waiting) = inputs.waiting.get(&container.name).filter(|_| wanted) {
         if let Some(ended) = state.terminated.take() {
             last = Some(ended);
         }
@@ -233,20 +237,24 @@ fn terminated(ran: &Ran, id: &impl Fn(&Ran) -> String) -> api::ContainerStateTer
     }
 }
 
-/// The previous run, when only the old status remembers it.
+/// The previous run as the old status remembers it, and how often it had been started before.
 fn forgotten_last_state(
     old: &api::PodStatus,
     container: &Container,
     current: Option<&Ran>,
     id: &impl Fn(&Ran) -> String,
-) -> Option<api::ContainerStateTerminated> {
+) -> Option<(i64, api::ContainerStateTerminated)> {
     let before = old_status(old, &container.name)?;
     let current_id = current.map(id);
+    let number = i64::from(before.restart_count);
     let ended = before.state.as_ref().and_then(|s| s.terminated.clone());
-    if before.container_id != current_id && ended.is_some() {
-        return ended;
+    if let Some(ended) = ended.filter(|_| before.container_id != current_id) {
+        return Some((number, ended));
     }
-    before.last_state.as_ref().and_then(|s| s.terminated.clone()).filter(|t| t.container_id != current_id)
+    let last = before.last_state.as_ref()?.terminated.clone()?;
+    // While a container waits, its newest run is its last state.
+    let same = last.container_id == before.container_id;
+    (last.container_id != current_id).then_some((if same { number } else { number - 1 }, last))
 }
 
 /// A container's entry in a status.
@@ -256,13 +264,15 @@ pub fn old_status<'a>(old: &'a api::PodStatus, name: &str) -> Option<&'a api::Co
 }
 
 /// Adds to what the runtime has those runs that only the old status knows, as ended: a container that was running
-/// when the runtime lost it ended in an unknown way, and must not be taken for one that never ran.
+/// when the runtime lost it ended in an unknown way, and must not be taken for one that never ran. Nor does a run
+/// before it become the newest again: restarts are never counted backwards.
 pub fn remember(actual: &mut Actual, desired: &Desired, old: &api::PodStatus) {
     for container in &desired.containers {
-        if actual.current(&container.name).is_some() {
+        let Some(before) = old_status(old, &container.name) else { continue };
+        let restarts = u32::try_from(before.restart_count).unwrap_or(0);
+        if actual.current(&container.name).is_some_and(|newest| newest.restarts >= restarts) {
             continue;
         }
-        let Some(before) = old_status(old, &container.name) else { continue };
         let (Some(id), Some(state)) = (&before.container_id, &before.state) else { continue };
         let ended = state.terminated.clone().or_else(|| {
             state.running.as_ref()?;
@@ -281,7 +291,7 @@ pub fn remember(actual: &mut Actual, desired: &Desired, old: &api::PodStatus) {
             id: id.rsplit("://").next().unwrap_or(id).to_owned(),
             sandbox: String::new(),
             name: container.name.clone(),
-            restarts: u32::try_from(before.restart_count).unwrap_or(0),
+            restarts,
             state: State::Exited,
             created: 0,
             started: nanoseconds(ended.started_at),
@@ -296,6 +306,7 @@ pub fn remember(actual: &mut Actual, desired: &Desired, old: &api::PodStatus) {
             user: None,
         });
     }
+    actual.sort();
 }
 
 #[cfg(test)]

@@ -210,3 +210,22 @@ fn readiness_gates_and_transition_times() {
     let initialized = status.conditions.as_ref().unwrap().iter().find(|c| c.type_ == "Initialized").unwrap();
     assert!(initialized.last_transition_time.as_ref().unwrap().0.to_string().starts_with("2020"));
 }
+
+#[test]
+fn a_run_before_does_not_become_the_newest_again() {
+    let desired = pod_with(
+        "{namespace: ns, name: p, uid: u}",
+        ONE,
+        "{phase: Running, containerStatuses: [{name: a, image: i, imageID: x, ready: false, restartCount: 2,
+           containerID: 'atoll://a-2', state: {waiting: {reason: CrashLoopBackOff}},
+           lastState: {terminated: {exitCode: 7, containerID: 'atoll://a-2'}}}]}",
+    );
+    let old = desired.pod.status.as_ref().unwrap();
+    let mut seen = actual(vec![ran("a", 1, State::Exited, 1)]);
+    remember(&mut seen, &desired, old);
+    let runs: Vec<_> = seen.runs("a").map(|r| (r.id.as_str(), r.restarts, r.exit_code)).collect();
+    assert_eq!(runs, [("a-2", 2, 7), ("a-1", 1, 1)]);
+    let mut newer = actual(vec![ran("a", 2, State::Exited, 1)]);
+    remember(&mut newer, &desired, old);
+    assert_eq!(newer.runs("a").count(), 1);
+}

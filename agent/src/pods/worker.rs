@@ -11,20 +11,20 @@
 //! never runs again.
 
 use super::actual::{Actual, Ran};
+use super::attempts::{Attempts, Look};
 use super::context::Context;
 use super::desired::Desired;
 use super::fate::{self, Fate};
 use super::observe::Observer;
-use super::plan::{self, Action, Memory, Plan, Stop, Target, Waiting};
+use super::plan::{self, Action, Memory, Plan, Stop, Target};
 use super::start::{self, Start, StartError};
-use super::status::{self, Inputs};
-use super::{dispatch::Mailbox, refuse};
+use super::{backoff, dispatch::Mailbox, refuse, status};
 use crate::events::{Severity, pod_reference};
 use crate::probes::Probers;
 use crate::volumes::Volumes;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1 as api;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::task::{AbortHandle, JoinSet};
@@ -51,7 +51,6 @@ struct Running {
     target: Target,
     task: AbortHandle,
     deadline: Option<Timestamp>,
-    since: Timestamp,
 }
 
 /// The task.
@@ -67,7 +66,7 @@ pub struct Worker {
     probers: Probers,
     tasks: JoinSet<Done>,
     running: HashMap<tokio::task::Id, Running>,
-    failures: BTreeMap<String, StartError>,
+    attempts: Attempts,
     hooked: HashSet<String>,
     ending: Option<Stop>,
     failed: Option<(String, String)>,
@@ -98,7 +97,7 @@ impl Worker {
             probers,
             tasks: JoinSet::new(),
             running: HashMap::new(),
-            failures: BTreeMap::new(),
+            attempts: Attempts::default(),
             hooked: HashSet::new(),
             ending: None,
             failed: None,
@@ -163,7 +162,10 @@ impl Worker {
                 return Some(now + RETRY);
             }
         };
+        // Nothing that was seen has happened after this.
+        let now = Timestamp::now();
         status::remember(&mut actual, &self.desired, &self.status);
+        self.attempts.recover(&self.desired, &actual, &self.status, &mut self.memory.crashes);
         self.decide(&actual, now);
         self.watch_probes(&actual);
         self.memory.probed = self.probers.results();
@@ -288,6 +290,7 @@ impl Worker {
                 if let Some(ran) = actual.current(&name) {
                     self.memory.crashes.tried(&name, ran.ended(), now);
                 }
+                self.attempts.begun(&name, now);
                 let found = actual.sandbox();
                 let order = Start {
                     name: name.clone(),
@@ -320,7 +323,7 @@ impl Worker {
             }),
         };
         self.memory.busy.insert(target.clone());
-        self.running.insert(task.id(), Running { target, task, deadline, since: now });
+        self.running.insert(task.id(), Running { target, task, deadline });
     }
 
     fn note(&mut self, done: Result<(tokio::task::Id, Done), tokio::task::JoinError>) {
@@ -330,6 +333,9 @@ impl Worker {
         };
         let now = Timestamp::now();
         if let Some(running) = self.running.remove(&id) {
+            if let Target::Start(name) = &running.target {
+                self.attempts.given_up(name);
+            }
             if matches!(done, Ok((_, Done::Other(Err(_))))) {
                 self.cooling.push((running.target, now + RETRY));
             } else {
@@ -339,13 +345,13 @@ impl Worker {
         match done {
             Ok((_, Done::Sandbox(result))) => self.note_sandbox(result, now),
             Ok((_, Done::Start { name, result: Ok(()) })) => {
-                self.failures.remove(&name);
+                self.attempts.started(&name);
                 self.memory.not_before.remove(&name);
             }
             Ok((_, Done::Start { name, result: Err(error) })) => {
                 tracing::info!(pod = %self.desired.key, container = name, error.reason, error.message, "not started");
-                self.memory.not_before.insert(name.clone(), error.again);
-                self.failures.insert(name, error);
+                self.attempts.failed(&name, error.reason, &error.message);
+                self.memory.not_before.insert(name, error.again);
             }
             Ok((_, Done::Other(Err(why)))) => {
                 tracing::warn!(pod = %self.desired.key, why, "trying again");
@@ -398,40 +404,21 @@ impl Worker {
     }
 
     async fn publish(&mut self, actual: &Actual, plan: &Plan, now: Timestamp) {
-        let mut waiting: BTreeMap<String, Waiting> = BTreeMap::new();
-        for (name, error) in &self.failures {
-            waiting.insert(
-                name.clone(),
-                Waiting { reason: error.reason.to_owned(), message: error.message.clone() },
-            );
-        }
-        waiting.extend(plan.waiting.clone());
-        self.say_back_off(plan);
-        let starting = self.running.values().find_map(|r| match &r.target {
-            Target::Start(name) => Some((name.clone(), r.since)),
-            _ => None,
-        });
-        let since =
-            starting.as_ref().map_or(0, |(_, since)| i64::try_from(since.as_nanosecond()).unwrap_or(0));
-        let seen = actual.without_starting(starting.as_ref().map(|(name, _)| name.as_str()), since);
-        if self.ending.is_some() {
-            waiting.clear();
-        }
-        let probed = self.probers.results();
-        let inputs = Inputs {
+        self.memory.probed = self.probers.results();
+        let (status, put_off) = self.attempts.status(&Look {
             desired: &self.desired,
-            actual: &seen,
-            waiting: &waiting,
-            probed: &probed,
+            actual,
+            plan,
+            memory: &self.memory,
             old: &self.status,
             ending: self.ending.is_some(),
-            stopped: plan.stopped,
             failed: self.failed.as_ref().map(|(r, m)| (r.as_str(), m.as_str())),
             runtime: &self.ctx.runtime,
             host_ips: &self.ctx.host_ips(),
             now,
-        };
-        self.status = status::compute(&inputs);
+        });
+        self.status = status;
+        self.say_back_off(&put_off);
         let remove = self.ending.as_ref().is_some_and(|s| s.remove);
         let due = self.teardown_at.is_none_or(|at| at <= now);
         let finished = remove && plan.gone && due && self.teardown().await;
@@ -445,23 +432,16 @@ impl Worker {
         }
     }
 
-    fn say_back_off(&self, plan: &Plan) {
-        for name in plan.waiting.keys() {
-            let shown = status::old_status(&self.status, name)
-                .and_then(|s| s.state.as_ref())
-                .and_then(|s| s.waiting.as_ref());
-            if shown.is_some_and(|w| w.reason.as_deref() == Some("CrashLoopBackOff")) {
-                continue;
-            }
-            let message =
-                format!("Back-off restarting failed container {name} in pod {}", self.desired.key.long());
+    /// These are put off from now on; the status says so in the next round, which follows at once.
+    fn say_back_off(&self, names: &[String]) {
+        for name in names {
+            let wait = backoff::short(self.memory.crashes.delay_seconds(name));
+            let pod = self.desired.key.long();
+            let message = format!("Back-off restarting failed container {name} in pod {pod}: waiting {wait}");
             let field = self.desired.container(name).map(super::desired::Container::field);
-            self.ctx.events.record(
-                pod_reference(&self.desired.pod, field),
-                Severity::Warning,
-                "BackOff",
-                message,
-            );
+            let object = pod_reference(&self.desired.pod, field);
+            self.ctx.events.record(object, Severity::Warning, "BackOff", message);
+            self.mail.wake.notify_one();
         }
     }
 

@@ -278,6 +278,23 @@ impl Cluster {
         stored
     }
 
+    /// Every version of a pod that there was, oldest first, until history is compacted.
+    pub fn versions(&self, path: &str) -> Vec<Value> {
+        let name = path.rsplit('/').next();
+        let of = |object: &Value| object["metadata"]["name"].as_str() == name;
+        self.world().history.iter().filter(|(_, _, object)| of(object)).map(|(.., o)| o.clone()).collect()
+    }
+
+    /// Labels an object, as `kubectl label` does: nothing of its status is touched.
+    pub fn label(&self, path: &str, value: &str) {
+        let mut world = self.world();
+        let mut object = world.objects.get(path).cloned().expect("an object");
+        object["metadata"]["labels"]["test"] = value.into();
+        world.put(path, object);
+        drop(world);
+        self.tell();
+    }
+
     /// Removes an object at once.
     pub fn remove(&self, path: &str) {
         self.world().remove(path);

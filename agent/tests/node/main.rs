@@ -6,6 +6,7 @@
 mod away;
 mod callers;
 mod cluster;
+mod crashing;
 mod host;
 mod idle;
 mod joining;

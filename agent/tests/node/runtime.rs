@@ -8,7 +8,7 @@ use std::path::Path;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status};
@@ -20,6 +20,8 @@ struct Table {
     containers: BTreeMap<String, Made>,
     calls: Vec<(Instant, &'static str)>,
     pod_cidr: String,
+    /// Containers end with this as soon as they are started.
+    doomed: Option<i32>,
 }
 
 #[derive(Clone)]
@@ -54,6 +56,8 @@ pub struct Runtime {
     table: Arc<Mutex<Table>>,
     events: broadcast::Sender<ContainerEventResponse>,
     tells: Events,
+    /// No container is made while this is set.
+    held: watch::Sender<bool>,
 }
 
 fn now() -> i64 {
@@ -63,7 +67,12 @@ fn now() -> i64 {
 impl Runtime {
     /// Serves on a socket.
     pub fn start(socket: &Path, tells: Events) -> Self {
-        let runtime = Self { table: Arc::default(), events: broadcast::channel(256).0, tells };
+        let runtime = Self {
+            table: Arc::default(),
+            events: broadcast::channel(256).0,
+            tells,
+            held: watch::Sender::new(false),
+        };
         let listener = tokio::net::UnixListener::bind(socket).expect("a socket");
         let served = tonic::transport::Server::builder()
             .add_service(RuntimeServiceServer::new(runtime.clone()))
@@ -120,6 +129,16 @@ impl Runtime {
     /// Log of a container, on this machine.
     pub fn log(&self, id: &str) -> String {
         self.table().containers[id].log.clone()
+    }
+
+    /// Whether calls that make a container wait.
+    pub fn hold(&self, hold: bool) {
+        self.held.send_replace(hold);
+    }
+
+    /// From now on containers end with this code as soon as they are started; `None`: they run.
+    pub fn doom(&self, code: Option<i32>) {
+        self.table().doomed = code;
     }
 
     /// The container ends by itself.
@@ -294,7 +313,10 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<CreateContainerRequest>,
     ) -> Answer<CreateContainerResponse> {
-        let mut table = self.called("CreateContainer");
+        drop(self.called("CreateContainer"));
+        // An error would say that the test is over.
+        let _ = self.held.subscribe().wait_for(|held| !held).await;
+        let mut table = self.table();
         let request = request.into_inner();
         let config = request.config.unwrap_or_default();
         let directory = request.sandbox_config.unwrap_or_default().log_directory;
@@ -327,6 +349,11 @@ impl RuntimeService for Runtime {
         std::fs::write(&made.log, line).map_err(|error| Status::internal(error.to_string()))?;
         let sandbox = made.sandbox.clone();
         self.tell(&table, &id, &sandbox, ContainerEventType::ContainerStartedEvent);
+        let doomed = table.doomed;
+        drop(table);
+        if let Some(code) = doomed {
+            self.exit(&id, code);
+        }
         Ok(Response::new(StartContainerResponse {}))
     }
 

@@ -1,6 +1,7 @@
 //! One pod at a time: runs, logs, volumes, environment, probes, failure modes.
 
 use crate::shared::{apply_pod, ready_lab, shell_pod};
+use anyhow::Context;
 use atoll_qemu_test::lab::BUSYBOX;
 use atoll_qemu_test::process::{Background, wait_for};
 use std::time::Duration;
@@ -25,17 +26,102 @@ fn example_runs_logs_and_goes() -> anyhow::Result<()> {
 
 #[test]
 fn container_that_exits_at_once_says_so() -> anyhow::Result<()> {
-    let pod = shell_pod(&ready_lab(), "exits", "echo about to fail; exit 3", "Always")?;
-    pod.wait_field("{.status.containerStatuses[0].state.waiting.reason}", "CrashLoopBackOff")?;
-    // Between the end of a back-off and the next attempt the end is the state itself for a moment.
-    pod.wait_field("{.status.containerStatuses[0].lastState.terminated.exitCode}", "3")?;
-    pod.wait_field("{.status.containerStatuses[0].lastState.terminated.reason}", "Error")?;
+    let lab = ready_lab();
+    let mut watch = Watch::start(&lab, "exits")?;
+    let pod = shell_pod(&lab, "exits", "echo about to fail; exit 3", "Always")?;
+    // The wait before the third restart has begun: two of them have been seen.
+    let message = wait_for("the third wait", crate::shared::POD, || {
+        let message = pod.field("{.status.containerStatuses[0].state.waiting.message}")?;
+        Ok(message.starts_with("back-off 20s restarting failed container=main pod=exits_").then_some(message))
+    });
+    let shown = watch.shown()?;
+    message.with_context(|| format!("shown: {shown:#?}"))?;
     pod.wait_event("BackOff")?;
     wait_for("the log of the run before", crate::shared::POD, || {
         let previous = pod.lab.supervisor.kubectl(&["logs", "exits", "--previous"])?;
         Ok(previous.stdout.contains("about to fail").then_some(()))
     })?;
+    // What may be shown, in this order; a state that is over at once may be left out.
+    let legal = [
+        (false, "ContainerCreating 0 -"),
+        (false, "running 0 -"),
+        (true, "Error(3) 0 -"),
+        (false, "running 1 Error(3)"),
+        (false, "Error(3) 1 Error(3)"),
+        (true, "CrashLoopBackOff 10s 1 Error(3)"),
+        (false, "running 2 Error(3)"),
+        (false, "Error(3) 2 Error(3)"),
+        (true, "CrashLoopBackOff 20s 2 Error(3)"),
+    ];
+    let mut next = legal.iter();
+    for one in &shown {
+        let found = next.any(|(_, state)| state == one);
+        assert!(found, "{one:?} is not what comes next in {shown:#?}");
+    }
+    for (_, state) in legal.iter().filter(|(needed, _)| *needed) {
+        assert!(shown.iter().any(|one| one == state), "{state:?} is missing in {shown:#?}");
+    }
     Ok(())
+}
+
+/// Watches what a pod's first container shows, from before the pod is there.
+struct Watch {
+    kubectl: Background,
+    output: std::path::PathBuf,
+}
+
+impl Watch {
+    fn start(lab: &crate::shared::Shared, pod: &str) -> anyhow::Result<Self> {
+        let fields = [
+            ".state.running.startedAt",
+            ".state.terminated.reason",
+            ".state.terminated.exitCode",
+            ".state.waiting.reason",
+            ".state.waiting.message",
+            ".restartCount",
+            ".lastState.terminated.reason",
+            ".lastState.terminated.exitCode",
+        ];
+        let fields: String = fields.map(|field| format!("|{{{field}}}")).concat();
+        let format =
+            format!("jsonpath={{range .status.containerStatuses[*]}}shown{fields}{{end}}{{\"\\n\"}}");
+        let selector = format!("metadata.name={pod}");
+        let mut command = lab.supervisor.kubectl_command(&["get", "pods", "--field-selector", &selector]);
+        let output = lab.directory().join(format!("watch-{pod}.log"));
+        let kubectl =
+            Background::spawn("the watch", command.args(["--watch", "--output", &format]), &output)?;
+        Ok(Self { kubectl, output })
+    }
+
+    /// Each state so far, once.
+    fn shown(&mut self) -> anyhow::Result<Vec<String>> {
+        self.kubectl.check_alive()?;
+        let text = std::fs::read_to_string(&self.output)?;
+        let whole = text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
+        let mut shown: Vec<String> =
+            whole.filter_map(|line| line.strip_prefix("shown|")).map(Self::state).collect();
+        shown.dedup();
+        Ok(shown)
+    }
+
+    fn state(line: &str) -> String {
+        let fields: Vec<&str> = line.split('|').collect();
+        let [running, ended, code, waiting, message, restarts, last, last_code] = fields[..] else {
+            return line.to_owned();
+        };
+        let ending = |reason: &str, code: &str| match reason {
+            "" => "-".to_owned(),
+            _ => format!("{reason}({code})"),
+        };
+        let wait = message.strip_prefix("back-off ").and_then(|rest| rest.split(' ').next());
+        let state = match (running, ended, wait) {
+            ("", "", Some(wait)) => format!("{waiting} {wait}"),
+            ("", "", None) => waiting.to_owned(),
+            ("", ..) => ending(ended, code),
+            _ => "running".to_owned(),
+        };
+        format!("{state} {restarts} {}", ending(last, last_code))
+    }
 }
 
 #[test]

@@ -196,7 +196,7 @@ impl Owner {
         if matches!(container.phase, ContainerPhase::Exited { .. }) || container.ending.is_some() {
             return;
         }
-        container.ending = Some(ended(exit));
+        container.ending = Some(ended(exit, container.created_ns, unix_ns()));
         if matches!(container.phase, ContainerPhase::Starting) || container.reopening {
             return; // it gets its console first: `container_started` or `console_back` goes on
         }
@@ -367,12 +367,27 @@ impl Owner {
     }
 }
 
-/// The end of a container as CRI words it.
-fn ended(exit: Exit) -> Ended {
+/// The end of a container as CRI words it. The guest says when, by its own clock; what waits for a time after that is
+/// the host's, so it cannot have been before the container was made, nor in the future.
+fn ended(exit: Exit, created_ns: i64, now_ns: i64) -> Ended {
     let reason = match exit {
         Exit { oom_killed: true, .. } => REASON_OOM,
         Exit { code: 0, .. } => REASON_COMPLETED,
         _ => REASON_ERROR,
     };
-    Ended { code: exit.code, reason: reason.to_owned(), message: String::new(), finished_ns: exit.at_unix_ns }
+    let finished_ns = exit.at_unix_ns.min(now_ns).max(created_ns);
+    Ended { code: exit.code, reason: reason.to_owned(), message: String::new(), finished_ns }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guests_clock_moves_no_end_into_the_future_or_before_the_beginning() {
+        for (said, finished) in [(150, 150), (0, 100), (i64::MIN, 100), (999, 200), (i64::MAX, 200)] {
+            let exit = Exit { code: 1, oom_killed: false, at_unix_ns: said };
+            assert_eq!(ended(exit, 100, 200).finished_ns, finished, "{said}");
+        }
+    }
 }

@@ -1,24 +1,27 @@
 //! Streams of a SPDY connection, server side: the peer opens them, all are accepted.
 //!
 //! Called by `remote` and `forward`. Invariants: a stream's data arrives in order; a stream whose reader is gone is read
-//! and dropped, so it does not hold up the others.
+//! and dropped, so it does not hold up the others; of all streams together, no more than [`HELD`] bytes are held for
+//! their readers, however many streams and however long frames the peer sends. What is over that stays in the socket,
+//! and TCP holds the peer back.
 
-use super::frame::{Encoder, Frame, Headers, Reader};
+use super::frame::{Encoder, Frame, Headers, PIECE, Reader};
 use bytes::Bytes;
 use std::collections::HashMap;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 /// Frames that wait to be written.
 const OUTGOING: usize = 64;
-/// Data frames of one stream that wait to be read.
+/// Pieces of data of one stream that wait to be read.
 const QUEUED: usize = 64;
+/// Bytes of one connection that wait to be read, or that a reader has and has not dropped.
+const HELD: usize = 4 << 20;
 /// Most streams of one connection.
 const MOST_STREAMS: usize = 1024;
-/// Largest piece of data in one frame; smaller than what peers accept.
-const PIECE: usize = 32 << 10;
 /// How long the peer may take to close after we are done.
 const LINGER: Duration = Duration::from_secs(10);
 
@@ -51,6 +54,7 @@ impl Writer {
     pub async fn data(&self, stream: u32, data: Bytes) -> bool {
         let mut rest = data;
         while !rest.is_empty() {
+            // Smaller than what peers accept.
             let data = rest.split_to(rest.len().min(PIECE));
             if self.frames.send(Frame::Data { stream, data, fin: false }).await.is_err() {
                 return false;
@@ -122,12 +126,32 @@ async fn write(mut to: impl AsyncWrite + Unpin, mut outgoing: mpsc::Receiver<Fra
     to.flush().await
 }
 
+/// Data that counts as held until it is dropped.
+struct Held {
+    data: Bytes,
+    _room: OwnedSemaphorePermit,
+}
+
+impl AsRef<[u8]> for Held {
+    fn as_ref(&self) -> &[u8] {
+        &self.data
+    }
+}
+
+/// Waits for room, and takes it. `None`: never, for the connection ends.
+async fn hold(room: &Arc<Semaphore>, data: Bytes) -> Option<Bytes> {
+    let length = u32::try_from(data.len()).ok()?;
+    let room = Arc::clone(room).acquire_many_owned(length).await.ok()?;
+    Some(Bytes::from_owner(Held { data, _room: room }))
+}
+
 async fn read(
     mut reader: Reader<impl AsyncRead + Unpin>,
     opened: mpsc::Sender<Incoming>,
     frames: mpsc::WeakSender<Frame>,
 ) -> io::Result<()> {
     let mut streams: HashMap<u32, mpsc::Sender<Bytes>> = HashMap::new();
+    let room = Arc::new(Semaphore::new(HELD));
     let reply = async |frame: Frame| {
         if let Some(frames) = frames.upgrade() {
             let _ = frames.send(frame).await; // the connection is ending
@@ -151,8 +175,12 @@ async fn read(
                 }
             }
             Frame::Data { stream, data, fin } => {
-                if let Some(sender) = streams.get(&stream).filter(|_| !data.is_empty()) {
-                    let _ = sender.send(data).await; // a reader that is gone wants nothing more
+                // A reader that is gone wants nothing more, and needs no room.
+                let wanted = streams.get(&stream).filter(|sender| !data.is_empty() && !sender.is_closed());
+                if let Some(sender) = wanted
+                    && let Some(data) = hold(&room, data).await
+                {
+                    let _ = sender.send(data).await; // gone meanwhile
                 }
                 if fin {
                     streams.remove(&stream);
@@ -165,4 +193,82 @@ async fn read(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    const STREAMS: u32 = 40;
+    const FRAME: usize = 1 << 20;
+
+    /// What a peer sends: streams, each with one long frame.
+    async fn flood(to: impl AsyncWrite, sent: Arc<AtomicUsize>) {
+        let mut to = std::pin::pin!(to);
+        let mut encoder = Encoder::default();
+        for n in 0..STREAMS {
+            let stream = 2 * n + 1;
+            let open = encoder.encode(&Frame::SynStream { stream, headers: Headers::new(), fin: false });
+            let data = Frame::Data { stream, data: vec![n as u8; FRAME].into(), fin: true };
+            let data = encoder.encode(&data).unwrap();
+            for piece in [open.unwrap(), data].iter().flat_map(|bytes| bytes.chunks(1024)) {
+                to.write_all(piece).await.unwrap();
+                sent.fetch_add(piece.len(), Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// All of a peer's streams while nobody reads them, and what the peer has got rid of by then.
+    async fn unread() -> (Vec<Incoming>, usize, Writer) {
+        let (client, ours) = tokio::io::duplex(64 << 10);
+        let (mut from, to) = tokio::io::split(client);
+        tokio::spawn(async move { tokio::io::copy(&mut from, &mut tokio::io::sink()).await });
+        let sent: Arc<AtomicUsize> = Arc::default();
+        tokio::spawn(flood(to, Arc::clone(&sent)));
+        let mut connection = Connection::start(ours);
+        let (mut streams, mut before, mut quiet) = (Vec::new(), 0, 0);
+        // One thread and no clock: when all tasks have had many turns and nothing moved, nothing will.
+        while quiet < 1000 {
+            tokio::task::yield_now().await;
+            let now = sent.load(Ordering::Relaxed) + streams.len();
+            quiet = if now == before { quiet + 1 } else { 0 };
+            before = now;
+            streams.extend(connection.incoming.try_recv().ok());
+        }
+        let sent = sent.load(Ordering::Relaxed);
+        tokio::spawn(async move { while connection.incoming.recv().await.is_some() {} });
+        (streams, sent, connection.writer)
+    }
+
+    fn block<T>(work: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(work)
+    }
+
+    #[test]
+    fn what_nobody_reads_is_not_taken_from_the_peer() {
+        block(async {
+            let (streams, sent, _writer) = unread().await;
+            // The pipe's own buffer, the reader's, a piece that waits for room, heads of frames.
+            let most = HELD + (64 << 10) + (8 << 10) + PIECE + (64 << 10);
+            assert!(sent <= most, "{sent} bytes were taken, {most} at most");
+            assert!(sent >= HELD, "{sent} bytes were taken, there is room for {HELD}");
+            assert!(streams.len() >= 4, "{}", streams.len());
+        });
+    }
+
+    #[test]
+    fn what_is_read_makes_room_and_nothing_is_lost() {
+        block(async {
+            let (streams, _, _writer) = unread().await;
+            for mut stream in streams {
+                let mut read = 0;
+                while let Some(data) = stream.data.recv().await {
+                    assert!(data.iter().all(|byte| u32::from(*byte) == (stream.stream - 1) / 2));
+                    read += data.len();
+                }
+                assert_eq!(read, FRAME, "stream {}", stream.stream);
+            }
+        });
+    }
 }

@@ -14,8 +14,9 @@ const DICTIONARY: &[u8] = include_bytes!("dictionary.bin");
 const MAX_CONTROL: usize = 64 << 10;
 /// Largest header block, decompressed.
 const MAX_HEADERS: usize = 64 << 10;
-/// Largest data frame.
-const MAX_DATA: usize = 16 << 20;
+/// Largest piece of a data frame that is read at once. A frame may be 16 MiB long, and clients do send such ones: they
+/// are never held as a whole.
+pub const PIECE: usize = 32 << 10;
 
 const VERSION: u16 = 3;
 const FIN: u8 = 1;
@@ -65,7 +66,7 @@ pub enum Frame {
         /// The last one that was accepted.
         last: u32,
     },
-    /// Data of a stream.
+    /// Data of a stream. A long frame is read as several.
     Data {
         /// Its number.
         stream: u32,
@@ -86,16 +87,27 @@ fn bad(why: impl Into<String>) -> io::Error {
 pub struct Reader<R> {
     from: R,
     headers: Decompress,
+    rest: Option<Rest>,
+}
+
+/// What is still to be read of a data frame.
+struct Rest {
+    stream: u32,
+    length: usize,
+    fin: bool,
 }
 
 impl<R: AsyncRead + Unpin> Reader<R> {
     /// Reads from `from`.
     pub fn new(from: R) -> Self {
-        Self { from, headers: Decompress::new(true) }
+        Self { from, headers: Decompress::new(true), rest: None }
     }
 
     /// The next frame; `None` at a clean end. Not cancel-safe.
     pub async fn next(&mut self) -> io::Result<Option<Frame>> {
+        if let Some(rest) = self.rest.take() {
+            return self.piece(rest).await.map(Some);
+        }
         let mut head = [0u8; 8];
         if self.from.read(&mut head[..1]).await? == 0 {
             return Ok(None);
@@ -104,21 +116,31 @@ impl<R: AsyncRead + Unpin> Reader<R> {
         let [a, b, c, d, flags, l1, l2, l3] = head;
         let length = u32::from_be_bytes([0, l1, l2, l3]) as usize;
         let control = a & 0x80 != 0;
-        let limit = if control { MAX_CONTROL } else { MAX_DATA };
-        if length > limit {
-            return Err(bad(format!("SPDY frame of {length} bytes, at most {limit} are allowed")));
+        if !control {
+            let stream = u32::from_be_bytes([a, b, c, d]);
+            return self.piece(Rest { stream, length, fin: flags & FIN != 0 }).await.map(Some);
+        }
+        if length > MAX_CONTROL {
+            return Err(bad(format!("SPDY frame of {length} bytes, at most {MAX_CONTROL} are allowed")));
         }
         let mut payload = BytesMut::zeroed(length);
         self.from.read_exact(&mut payload).await?;
-        if !control {
-            let stream = u32::from_be_bytes([a, b, c, d]);
-            return Ok(Some(Frame::Data { stream, data: payload.freeze(), fin: flags & FIN != 0 }));
-        }
         let version = u16::from_be_bytes([a & 0x7f, b]);
         if version != VERSION {
             return Err(bad(format!("SPDY version {version}, only {VERSION} is spoken here")));
         }
         self.control(u16::from_be_bytes([c, d]), flags, &payload).map(Some)
+    }
+
+    async fn piece(&mut self, rest: Rest) -> io::Result<Frame> {
+        let Rest { stream, length, fin } = rest;
+        let mut data = BytesMut::zeroed(length.min(PIECE));
+        self.from.read_exact(&mut data).await?;
+        let length = length - data.len();
+        if length > 0 {
+            self.rest = Some(Rest { stream, length, fin });
+        }
+        Ok(Frame::Data { stream, data: data.freeze(), fin: fin && length == 0 })
     }
 
     fn control(&mut self, kind: u16, flags: u8, payload: &[u8]) -> io::Result<Frame> {
@@ -353,6 +375,22 @@ mod tests {
                 while let Ok(Some(_)) = block(reader.next()) {}
             }
         }
+    }
+
+    #[test]
+    fn a_long_data_frame_is_read_in_pieces() {
+        let sent: Vec<u8> = (0..3 * PIECE + 5).map(|n| (n % 251) as u8).collect();
+        let frame = Frame::Data { stream: 7, data: sent.clone().into(), fin: true };
+        let mut wire = Encoder::default().encode(&frame).unwrap();
+        wire.extend(Encoder::default().encode(&Frame::Ping(1)).unwrap());
+        let mut reader = Reader::new(&wire[..]);
+        let (mut received, mut pieces) = (Vec::new(), Vec::new());
+        while let Some(Frame::Data { stream: 7, data, fin }) = block(reader.next()).unwrap() {
+            received.extend_from_slice(&data);
+            pieces.push((data.len(), fin));
+        }
+        assert_eq!(pieces, [(PIECE, false), (PIECE, false), (PIECE, false), (5, true)]);
+        assert_eq!(received, sent);
     }
 
     #[test]
