@@ -10,3 +10,4 @@ mod host;
 mod idle;
 mod joining;
 mod runtime;
+mod storage;

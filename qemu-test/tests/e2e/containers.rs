@@ -1,8 +1,9 @@
 //! Containers that misbehave harm themselves only, and leave nothing.
 
-use crate::shared::{POD, long, ready_lab, shell_pod};
+use crate::shared::{POD, Pod, Shared, apply_pod, long, ready_lab, shell_pod};
 use anyhow::ensure;
 use atoll_qemu_test::inspect::{Inventory, Process};
+use atoll_qemu_test::lab::BUSYBOX;
 use atoll_qemu_test::process::{Background, wait_for};
 use std::time::Duration;
 
@@ -26,6 +27,76 @@ fn container_that_forks_without_end_harms_itself_alone() -> anyhow::Result<()> {
     ensure!(other.logs()? == "fine\n");
     // Whether its guest still answers or not, it goes.
     pod.delete()
+}
+
+/// A pod whose only container writes, with limits and volumes as given.
+fn writer(lab: &Shared, name: &str, script: &str, limit: &str, volume: &str) -> anyhow::Result<Pod> {
+    let script = serde_json::to_string(script)?;
+    apply_pod(
+        lab,
+        name,
+        &format!(
+            "  restartPolicy: Always
+  terminationGracePeriodSeconds: 3
+  volumes: [{{name: v, emptyDir: {volume}}}]
+  containers:
+  - name: main
+    image: {BUSYBOX}
+    command: [/bin/sh, -c, {script}]
+    resources: {{limits: {limit}}}
+    volumeMounts: [{{name: v, mountPath: /v}}]
+"
+        ),
+    )
+}
+
+fn evicted(pod: &Pod, message: &str) -> anyhow::Result<()> {
+    pod.wait_phase("Failed")?;
+    let status = (pod.field("{.status.reason}")?, pod.field("{.status.message}")?);
+    ensure!(status == ("Evicted".to_owned(), message.to_owned()), "{status:?}");
+    ensure!(pod.field("{.status.containerStatuses[0].restartCount}")? == "0", "it was started again");
+    ensure!(pod.wait_event("Evicted")?.contains(message));
+    Ok(())
+}
+
+#[test]
+fn container_that_fills_its_writable_layer_gets_no_space_is_evicted_and_harms_itself_alone()
+-> anyhow::Result<()> {
+    let lab = &ready_lab();
+    let free = lab.inspector().inventory()?.data_free;
+    // Its disk has 256 MiB, whatever it writes. Most of it is only claimed: that is as full, and sooner.
+    let script = "fallocate -l 300M /claimed; dd if=/dev/zero of=/written bs=1M count=1; df -m / | tail -n 1; \
+                  echo full; sleep 1000000";
+    let pod = writer(lab, "fills", script, "{ephemeral-storage: 64Mi}", "{}")?;
+    // Beside it, one that has no limit: its disk ends at half of DATA, and it goes on after that.
+    let script = "fallocate -l 7G /v/x; rm /v/x; dd if=/dev/zero of=/y bs=1M count=8 && sync && echo went on; \
+                  sleep 1000000";
+    let open = writer(lab, "fills-open", script, "{}", "{}")?;
+    wait_for("its disk to be full", POD, || {
+        Ok(pod.logs().is_ok_and(|log| log.contains("full")).then_some(()))
+    })?;
+    let log = pod.logs()?;
+    ensure!(log.contains("/written': No space left on device"), "{log}");
+    evicted(&pod, "Pod ephemeral local storage usage exceeds the total limit of containers 64Mi.")?;
+    wait_for("the other one to go on", POD, || {
+        Ok(open.logs().is_ok_and(|log| log.contains("went on")).then_some(()))
+    })?;
+    let log = open.logs()?;
+    ensure!(log.contains("No space left on device"), "no disk of a pod is that large: {log}");
+    ensure!(open.field("{.status.phase}")? == "Running");
+    let now = lab.inspector().inventory()?.data_free;
+    ensure!(now + (400 << 20) > free, "DATA had {free} bytes free, and has {now}");
+    let path = "{.status.conditions[?(@.type==\"DiskPressure\")].status}";
+    ensure!(lab.supervisor.field("node", "node-1", path)? == "False");
+    Ok(())
+}
+
+#[test]
+fn container_that_fills_its_empty_dir_is_evicted_at_the_size_limit() -> anyhow::Result<()> {
+    let lab = &ready_lab();
+    let script = "dd if=/dev/zero of=/v/x bs=1M count=24; echo wrote; sleep 1000000";
+    let pod = writer(lab, "fills-volume", script, "{}", "{sizeLimit: 8Mi}")?;
+    evicted(&pod, "Usage of EmptyDir volume \"v\" exceeds the limit \"8Mi\".")
 }
 
 #[test]

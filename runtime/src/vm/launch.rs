@@ -63,6 +63,8 @@ pub struct Plan {
     pub memory: MiB,
     /// Processors.
     pub vcpus: u8,
+    /// What its containers may write altogether, in bytes.
+    pub storage_limit: Option<u64>,
     /// What the guest is told.
     pub guest: GuestConfig,
     /// Keep the serial console.
@@ -203,7 +205,7 @@ impl Prepared {
         let (process, tap, scratch) = tokio::try_join!(
             spawned,
             launcher.host.open_network(&plan.port),
-            launcher.scratch.copy_to(&scratch_path),
+            launcher.scratch.copy_to(&scratch_path, plan.storage_limit),
         )?;
         let files = launcher.host.boot_files()?;
         Ok(Self { launcher: launcher.clone(), plan, link, process, tap, scratch, files, started })

@@ -168,7 +168,12 @@ impl Guest {
         let usage =
             Usage { memory_bytes: 11, pids: state.trees.values().sum::<usize>() as u64, ..Usage::default() };
         let containers = state.containers.keys().map(|id| (id.to_string(), usage)).collect();
-        GuestStats { total: usage, containers, ..GuestStats::default() }
+        let mounts = state.containers.values().flat_map(|c| &c.spec.mounts);
+        let volumes = mounts.filter_map(|mount| match &mount.source {
+            MountSource::Scratch { volume, .. } => Some((volume.clone(), volume.len() as u64)),
+            _ => None,
+        });
+        GuestStats { total: usage, containers, volumes: volumes.collect(), ..GuestStats::default() }
     }
 
     async fn start(&self, id: ContainerId) -> Result<Reply, GuestError> {
