@@ -5,7 +5,7 @@ use anyhow::ensure;
 use atoll_qemu_test::inspect::{Inventory, Process};
 use atoll_qemu_test::lab::BUSYBOX;
 use atoll_qemu_test::process::{Background, wait_for};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 #[test]
 fn container_that_ignores_sigterm_is_killed_after_its_grace() -> anyhow::Result<()> {
@@ -16,17 +16,27 @@ fn container_that_ignores_sigterm_is_killed_after_its_grace() -> anyhow::Result<
 }
 
 #[test]
-fn container_that_forks_without_end_harms_itself_alone() -> anyhow::Result<()> {
+fn container_that_forks_without_end_meets_its_limit_and_harms_itself_alone() -> anyhow::Result<()> {
     let lab = &ready_lab();
-    // Each child lives on and forks again.
-    let script = "bomb() { bomb & bomb & sleep 1000; }; echo lit; bomb";
+    // Each child lives on and forks again. The first process needs no other one.
+    let script = "bomb() { bomb & bomb & sleep 1000; }; echo lit; bomb & exec sleep 1000000";
     let pod = shell_pod(lab, "forks", script, "Never")?;
-    wait_for("the fuse", POD, || Ok(pod.logs().is_ok_and(|log| log.contains("lit")).then_some(())))?;
+    wait_for("the limit of its processes", POD, || {
+        Ok(pod.logs().is_ok_and(|log| log.contains("can't fork")).then_some(()))
+    })?;
     let other = shell_pod(lab, "beside-forks", "echo fine", "Never")?;
     other.wait_phase("Succeeded")?;
     ensure!(other.logs()? == "fine\n");
-    // Whether its guest still answers or not, it goes.
-    pod.delete()
+    // The guest has room for its own threads: it is looked into like any other.
+    let state = wait_for("an exec beside the bomb", POD, || Ok(pod.exec(&["cat", "/proc/loadavg"]).ok()))?;
+    let processes: u32 = state.split([' ', '/']).nth(4).and_then(|n| n.parse().ok()).unwrap_or_default();
+    ensure!(processes > 200, "not much of a bomb: {state}");
+    ensure!(pod.field("{.status.phase}")? == "Running", "it is gone");
+    // A grace of three seconds, and not the ten after which a guest that ends nothing loses its machine.
+    let begun = Instant::now();
+    pod.delete()?;
+    ensure!(begun.elapsed() < Duration::from_secs(60), "it took {:?} to go", begun.elapsed());
+    Ok(())
 }
 
 /// A pod whose only container writes, with limits and volumes as given.
