@@ -11,9 +11,10 @@ use atoll_qemu_test::network::{Offer, SERVER, address};
 use atoll_qemu_test::oci::{Image, Layer};
 use atoll_qemu_test::process::wait_for;
 use serde_json::json;
-use std::io::Read;
-use std::net::TcpListener;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 const INDEX: usize = 3;
@@ -202,8 +203,8 @@ fn cable_pulled_and_put_back() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// An image of 4 MiB that does not compress.
-fn noise() -> anyhow::Result<Image> {
+/// An image with 4 MiB that do not compress, and those.
+fn noise() -> anyhow::Result<(Image, Vec<u8>)> {
     let mut noise = vec![0_u8; 4 << 20];
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     for byte in &mut noise {
@@ -215,7 +216,26 @@ fn noise() -> anyhow::Result<Image> {
     let layer = layer.symlink("bin/sh", "busybox")?.symlink("bin/nc", "busybox")?;
     let layer =
         layer.symlink("bin/yes", "busybox")?.symlink("bin/head", "busybox")?.symlink("bin/cat", "busybox")?;
-    Image::new(vec![layer, Layer::default().file("noise", 0o644, &noise)?], json!({}))
+    let layer = layer.symlink("bin/cmp", "busybox")?;
+    Ok((Image::new(vec![layer, Layer::default().file("noise", 0o644, &noise)?], json!({}))?, noise))
+}
+
+/// Takes one connection; gives it `give` and reads it to its end.
+fn serve(give: Vec<u8>) -> anyhow::Result<(u16, JoinHandle<std::io::Result<usize>>)> {
+    let listener = TcpListener::bind((SERVER, 0))?;
+    let port = listener.local_addr()?.port();
+    let served = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept()?;
+        stream.set_read_timeout(Some(POD))?;
+        stream.set_write_timeout(Some(POD))?;
+        if !give.is_empty() {
+            stream.write_all(&give)?;
+            // Only here: who sends us something would take it for the end of the conversation.
+            stream.shutdown(Shutdown::Write)?;
+        }
+        stream.read_to_end(&mut Vec::new())
+    });
+    Ok((port, served))
 }
 
 #[test]
@@ -233,22 +253,21 @@ fn mtu_1400_on_the_path_reaches_the_link_and_nothing_hangs() -> anyhow::Result<(
         let inspector = Inspector::new(&address(INDEX))?;
         let mtu = inspector.read(&format!("/sys/class/net/{link}/mtu"))?;
         ensure!(mtu.trim() == "1400", "the MTU of {link} is {mtu}");
-        // A pull of 4 MiB down; up, 4 MiB of a pod and its log of 600 KiB.
-        lab.registry.push("noise", "1", &noise()?)?;
-        let listener = TcpListener::bind((SERVER, 0))?;
-        let port = listener.local_addr()?.port();
-        let script = format!("yes 0123456789 | head -n 60000; cat /noise | nc {SERVER} {port}; echo sent");
+        // Down, a pull of 4 MiB and as much by the pod itself; up, 4 MiB of the pod and its log of 600 KiB.
+        let (image, noise) = noise()?;
+        lab.registry.push("noise", "1", &image)?;
+        let ((up, received), (down, given)) = (serve(Vec::new())?, serve(noise)?);
+        let script = format!(
+            "yes 0123456789 | head -n 60000; cat /noise | nc {SERVER} {up}; \
+             nc {SERVER} {down} < /dev/null > /got; cmp /got /noise && echo both ways"
+        );
         let pod = pod(lab, "narrow", "registry.lab:5000/noise:1", &script)?;
-        let received = std::thread::spawn(move || -> std::io::Result<usize> {
-            let (mut stream, _) = listener.accept()?;
-            stream.set_read_timeout(Some(POD))?;
-            stream.read_to_end(&mut Vec::new())
-        });
         pod.wait("{.status.phase}", "Succeeded", POD)?;
         let received = received.join().expect("it does not panic")?;
         ensure!(received == 4 << 20, "{received} bytes came from the pod");
+        given.join().expect("it does not panic")?;
         let log = lab.supervisor.kubectl_ok(&["logs", "narrow"])?;
-        ensure!(log.len() > 600_000 && log.ends_with("sent\n"), "a log of {} bytes", log.len());
+        ensure!(log.len() > 600_000 && log.ends_with("both ways\n"), "a log of {} bytes", log.len());
         Ok(())
     };
     let outcome = narrow();
