@@ -1,7 +1,7 @@
 //! Containers that misbehave harm themselves only, and leave nothing.
 
 use crate::shared::{POD, Pod, Shared, apply_pod, long, ready_lab, shell_pod};
-use anyhow::ensure;
+use anyhow::{Context, bail, ensure};
 use atoll_qemu_test::inspect::{Inventory, Process};
 use atoll_qemu_test::lab::BUSYBOX;
 use atoll_qemu_test::process::{Background, wait_for};
@@ -107,6 +107,51 @@ fn container_that_fills_its_empty_dir_is_evicted_at_the_size_limit() -> anyhow::
     let script = "dd if=/dev/zero of=/v/x bs=1M count=24; echo wrote; sleep 1000000";
     let pod = writer(lab, "fills-volume", script, "{}", "{sizeLimit: 8Mi}")?;
     evicted(&pod, "Usage of EmptyDir volume \"v\" exceeds the limit \"8Mi\".")
+}
+
+/// Processor time of a pod's microVM and how much of it is allowed in a second, in microseconds.
+fn processor(lab: &Shared, pod: &str) -> anyhow::Result<(u64, u64)> {
+    let host = lab.inspector();
+    let sandboxes = host.inventory()?.sandboxes;
+    let id = &sandboxes.iter().find(|s| s.pod == pod).context("no sandbox of that pod")?.id;
+    let read = |file: &str| host.read(&format!("/sys/fs/cgroup/atoll/pods/{id}/{file}"));
+    let stat = read("cpu.stat")?;
+    let used = stat.lines().find_map(|line| line.strip_prefix("usage_usec ")?.parse().ok());
+    let limit = read("cpu.max")?;
+    let numbers: Vec<u64> = limit.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    let [quota, period] = numbers[..] else { bail!("no limit: cpu.max is {limit:?}") };
+    Ok((used.context("no usage_usec in cpu.stat")?, quota * 1_000_000 / period))
+}
+
+#[test]
+fn guest_that_floods_its_devices_pays_for_it_and_harms_itself_alone() -> anyhow::Result<()> {
+    let lab = &ready_lab();
+    // Each write of 512 bytes past the page cache, and each packet, is a notification of a virtqueue.
+    let script = "echo flood; for n in 1 2 3; do (while true; do \
+                  dd if=/dev/zero of=/f$n bs=512 count=20000 oflag=direct 2>/dev/null; done) & done; \
+                  ping -A 169.254.1.1 > /dev/null & wait";
+    let pod = shell_pod(lab, "floods", script, "Never")?;
+    let other = shell_pod(lab, "beside-floods", "sleep 1000000", "Never")?;
+    wait_for("the flood", POD, || Ok(pod.logs().is_ok_and(|log| log.contains("flood")).then_some(())))?;
+    other.wait_phase("Running")?;
+    let (begun, (before, _)) = (Instant::now(), processor(lab, "floods")?);
+    while begun.elapsed() < Duration::from_secs(20) {
+        let asked = Instant::now();
+        ensure!(other.exec(&["echo", "well"])? == "well\n");
+        ensure!(asked.elapsed() < Duration::from_secs(30), "an exec beside it took {:?}", asked.elapsed());
+    }
+    let (after, allowed) = processor(lab, "floods")?;
+    let seconds = begun.elapsed().as_secs_f64();
+    let used = (after - before) as f64 / seconds;
+    println!("the flood took {:.2} of a processor, allowed are {:.2}", used / 1e6, allowed as f64 / 1e6);
+    ensure!(used > 100_000.0, "not much of a flood: {used} us in a second");
+    // A period is accounted for at its end.
+    ensure!(used < allowed as f64 * 1.1, "{used} us in a second, allowed are {allowed}");
+    ensure!(
+        lab.supervisor.field("node", "node-1", "{.status.conditions[?(@.type==\"Ready\")].status}")?
+            == "True"
+    );
+    pod.delete()
 }
 
 #[test]

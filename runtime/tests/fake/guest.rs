@@ -49,6 +49,17 @@ pub async fn run(exchange: Exchange, vmm: FakeVmm) {
     tokio::select! { () = life => {}, () = vmm.ended() => {} }
 }
 
+/// Dials, takes whatever it is asked, and never answers.
+pub async fn mute(exchange: Exchange, vmm: FakeVmm) {
+    let life = async {
+        let mut stream = exchange.dial(vmm.cid).await;
+        let hello = send(&mut stream, &Hello::Control { protocol: PROTOCOL, ready_us: 1 }).await;
+        while hello.is_ok() && stream.read(&mut [0; 4096]).await.is_ok_and(|count| count > 0) {}
+        std::future::pending::<()>().await;
+    };
+    tokio::select! { () = life => {}, () = vmm.ended() => {} }
+}
+
 async fn send(to: &mut (impl AsyncWriteExt + Unpin), message: &impl serde::Serialize) -> std::io::Result<()> {
     to.write_all(&atoll_runtime::vm::wire::frame(message)?).await
 }
