@@ -204,6 +204,19 @@ impl Cri {
         }
     }
 
+    /// What a sandbox and its containers take; `None` when the runtime does not know it.
+    ///
+    /// # Errors
+    /// When the runtime does not answer.
+    pub async fn sandbox_stats(&self, id: &str) -> Result<Option<v1::PodSandboxStats>> {
+        let request = v1::PodSandboxStatsRequest { pod_sandbox_id: id.to_owned() };
+        match within("PodSandboxStats", id, LOOK, self.runtime.clone().pod_sandbox_stats(request)).await {
+            Ok(answer) => Ok(answer.stats),
+            Err(error) if error.is_not_found() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Starts a sandbox; answers its id.
     ///
     /// # Errors

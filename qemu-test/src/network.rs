@@ -183,6 +183,9 @@ impl Network {
     /// # Errors
     /// When `ip` fails.
     pub fn narrow(&self, index: usize, mtu: u32) -> anyhow::Result<()> {
+        // A bridge passes what is to be cut up on the way out, whatever the size of its pieces: nothing is to be cut up.
+        let pieces = if mtu < 1500 { 1 } else { 65535 };
+        ip(&format!("link set br0 gso_max_segs {pieces}"))?;
         ip(&format!("link set {} mtu {mtu}", tap(index)))
     }
 }

@@ -139,14 +139,7 @@ impl Image {
     /// # Errors
     /// When busybox-static is not installed.
     pub fn busybox_with_noise(mib: usize, seed: u64) -> anyhow::Result<Self> {
-        let mut noise = vec![0_u8; mib << 20];
-        // A linear congruential generator (Knuth's MMIX): enough for gzip to find nothing.
-        let mut state = seed | 1;
-        for byte in &mut noise {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            *byte = (state >> 56) as u8;
-        }
-        let filling = Layer::default().file("noise", 0o644, &noise)?;
+        let filling = Layer::default().file("noise", 0o644, &noise(mib, seed))?;
         Self::new(vec![busybox_layer()?, filling], Self::busybox_config())
     }
 
@@ -175,6 +168,18 @@ impl Image {
         .to_string()
         .into_bytes()
     }
+}
+
+/// So many MiB that do not compress; another seed, others.
+pub fn noise(mib: usize, seed: u64) -> Vec<u8> {
+    let mut noise = vec![0_u8; mib << 20];
+    // A linear congruential generator (Knuth's MMIX): enough for gzip to find nothing.
+    let mut state = seed | 1;
+    for byte in &mut noise {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        *byte = (state >> 56) as u8;
+    }
+    noise
 }
 
 fn busybox_layer() -> anyhow::Result<Layer> {

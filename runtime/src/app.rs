@@ -14,7 +14,7 @@ use crate::vm::guest::Door;
 use crate::vm::host::{Host, LinuxHost};
 use crate::vm::jail;
 use crate::vm::launch::Launcher;
-use crate::vm::scratch::Scratch;
+use crate::vm::scratch::{self, Scratch};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -56,13 +56,14 @@ impl App {
         for directory in [config.sandboxes(), config.vm_sockets()] {
             make_private(&directory)?;
         }
+        let scratch_mib = scratch::most_mib(config.scratch_mib, &config.data)?;
         let images = ImageStore::open(store_options(&config)).await?;
         let door = Door::default();
         let (news_sender, news) = mpsc::channel(256);
         let launcher = Arc::new(Launcher {
             host: host.clone(),
             door: door.clone(),
-            scratch: Scratch::new(&config.mkfs_ext4, &config.sandboxes(), config.scratch_mib),
+            scratch: Scratch::new(&config.mkfs_ext4, &config.sandboxes(), scratch_mib),
             news: news_sender,
         });
         let (stop, stopped) = watch::channel(false);

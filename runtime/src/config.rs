@@ -67,7 +67,7 @@ pub struct Config {
     /// Pod addresses until UpdateRuntimeConfig brings them (`10.85.0.0/24`).
     #[arg(long)]
     pub pod_cidr: Option<String>,
-    /// Size of a pod's scratch disk in MiB; the file is sparse.
+    /// Size of a pod's scratch disk in MiB, at most half of the file system it lies on; the file is sparse.
     #[arg(long, default_value_t = 10 * 1024)]
     pub scratch_mib: u32,
     /// Memory of a pod without limits, in MiB.

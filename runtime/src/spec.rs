@@ -96,6 +96,9 @@ pub struct SandboxSpec {
     pub vcpus: u8,
     /// Volumes kept in the guest.
     pub scratch_volumes: Vec<ScratchVolume>,
+    /// What its containers may write altogether, in bytes (annotation `atoll.dev/storage-limit-bytes`).
+    #[serde(default)]
+    pub storage_limit: Option<u64>,
 }
 
 impl SandboxSpec {

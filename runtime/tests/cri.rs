@@ -19,7 +19,9 @@ async fn one_pod_through_its_life() {
 
     let done = client.run(&sandbox, "done", &["echo", "hello"]).await;
     let ended = client.ended(&done).await;
-    assert_eq!((ended.exit_code, ended.reason.as_str(), ended.finished_at), (0, "Completed", 42));
+    assert_eq!((ended.exit_code, ended.reason.as_str()), (0, "Completed"));
+    // This guest's clock is in 1970: the container ended when it was made at the earliest.
+    assert_eq!(ended.finished_at, ended.created_at);
     let log = std::fs::read_to_string(&ended.log_path).unwrap();
     assert!(log.contains(" stdout F hello\n") && log.contains(" stderr F oops\n"), "{log}");
 

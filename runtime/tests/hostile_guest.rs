@@ -146,6 +146,42 @@ async fn a_guest_that_does_not_end_its_container_loses_its_machine() {
     assert!(fixture.host.is_clean());
 }
 
+/// Starts a pod whose guest does not do its part; answers why that failed. Another pod beside it works as ever, and
+/// nothing of the failed one is left.
+async fn launch_fails(broken: &'static str) -> String {
+    let mut fixture = Fixture::new().await;
+    fixture.config.launch_seconds = 3;
+    fixture.restart().await;
+    let mut client = fixture.client().await;
+    let other = client.sandbox("other").await;
+    let witness = client.run(&other, "main", &["sleep"]).await;
+    *fixture.host.broken.lock().unwrap() = Some(broken);
+    let (mut starter, config) = (fixture.client().await, client.sandbox_config(broken));
+    let started = Instant::now();
+    let launch = tokio::spawn(async move { starter.sandbox_with(config).await });
+    works(&mut client, &witness).await;
+    let error = launch.await.unwrap().unwrap_err();
+    assert!(started.elapsed() < Duration::from_secs(10), "it took {:?}", started.elapsed());
+    works(&mut client, &witness).await;
+    let left = client.runtime.list_pod_sandbox(ListPodSandboxRequest::default()).await.unwrap().into_inner();
+    assert_eq!(left.items.len(), 1, "{:?}", left.items);
+    client.remove_sandbox(&other).await;
+    assert!(fixture.host.is_clean());
+    error.message().to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_never_calls_is_given_up_with_a_reason() {
+    let why = launch_fails("silent").await;
+    assert!(why.contains("it did not call the runtime within 3 s"), "{why}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_never_answers_is_given_up_with_a_reason() {
+    let why = launch_fails("mute").await;
+    assert!(why.contains("it called the runtime and did not answer it within 3 s"), "{why}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn two_hundred_execs_in_a_row_leak_nothing() {
     let fixture = Fixture::new().await;

@@ -1,4 +1,5 @@
-//! Removes what belongs to no pod any more: sandboxes, volume directories, log directories.
+//! Removes what belongs to no pod any more: sandboxes, volume directories, log directories; and the files of one pod
+//! that has ended, for `worker`.
 //!
 //! Invariant: nothing is touched before the API server's list of pods was complete, for until then every pod looks
 //! like an orphan. The runtime and the disk are looked at first and the known pods after, so that a pod that has
@@ -6,6 +7,7 @@
 
 use super::actual::POD_UID;
 use super::context::Context;
+use super::desired::Desired;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
@@ -76,6 +78,22 @@ fn directories(ctx: &Context, known: &Known) {
             tracing::warn!(path = %path.display(), %error, "cannot remove a directory of a pod that is gone");
         }
     }
+}
+
+/// Removes the files of a pod that has ended. Answers whether nothing is left.
+pub async fn remove_files(ctx: &Context, desired: &Desired) -> bool {
+    let logs = ctx.dirs.pod_logs(desired);
+    let removed_logs = match tokio::fs::remove_dir_all(&logs).await {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    };
+    for result in [ctx.volumes.teardown(&desired.key.uid).await, removed_logs] {
+        if let Err(error) = result {
+            tracing::warn!(pod = %desired.key, %error, "cannot remove the pod's files; trying again");
+            return false;
+        }
+    }
+    true
 }
 
 fn names(directory: &Path) -> Vec<String> {

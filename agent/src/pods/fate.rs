@@ -34,12 +34,16 @@ impl Fate {
     }
 }
 
-/// Decides. `removed`: the API server does not have the pod any more.
+/// Time that the containers of an evicted pod get, as from other node agents.
+const EVICTION_GRACE: Duration = Duration::from_secs(1);
+
+/// Decides. `removed`: the API server does not have the pod any more. `evicted`: why it must not stay.
 pub fn decide(
     desired: &Desired,
     actual: &Actual,
     removed: bool,
     refusal: Option<Refusal>,
+    evicted: Option<&str>,
     status: &PodStatus,
     now: Timestamp,
 ) -> Fate {
@@ -52,6 +56,10 @@ pub fn decide(
     }
     if let Some(refusal) = refusal {
         return end(Some((refusal.reason, refusal.message)));
+    }
+    if let Some(message) = evicted {
+        let failed = Some(("Evicted", message.to_owned()));
+        return Fate::End { grace: desired.grace.min(EVICTION_GRACE), remove: false, failed };
     }
     let started = status.start_time.as_ref().map(|t| t.0);
     if let (Some(limit), Some(started)) = (desired.active_deadline, started)
@@ -76,7 +84,22 @@ mod tests {
         let metadata = format!("{{namespace: ns, name: p, uid: u, {metadata}}}");
         let desired = pod_with(&metadata, spec, status);
         let status = desired.pod.status.clone().unwrap_or_default();
-        decide(&desired, seen, false, None, &status, Timestamp::from_second(1_000).unwrap())
+        decide(&desired, seen, false, None, None, &status, Timestamp::from_second(1_000).unwrap())
+    }
+
+    #[test]
+    fn an_evicted_pod_ends_at_once_and_failed_unless_it_goes_anyway() {
+        let seen = actual(vec![ran("a", 0, State::Running, 0)]);
+        let decide = |metadata: &str| {
+            let desired = pod_with(metadata, "{containers: [{name: a, image: i}]}", "{}");
+            let now = Timestamp::from_second(1_000).unwrap();
+            decide(&desired, &seen, false, None, Some("too much"), &PodStatus::default(), now)
+        };
+        let fate = decide("{namespace: ns, name: p, uid: u}");
+        assert_eq!(fate.failed(), Some(("Evicted", "too much")));
+        assert!(matches!(fate, Fate::End { grace: EVICTION_GRACE, remove: false, .. }));
+        let deleted = "{namespace: ns, name: p, uid: u, deletionTimestamp: '1970-01-01T00:16:00Z'}";
+        assert_eq!(decide(deleted).failed(), None);
     }
 
     #[test]

@@ -6,8 +6,9 @@
 //! ```
 //!
 //! Called by `app`, once. Pure (◇): `desired`, `refuse`, `actual`, `plan`, `fate`, `phase`, `conditions`, `status`,
-//! `attempts`, `backoff`, `env`, `resources`, `dns`, `sandbox_config`, `container_config`, `pull_secrets`. Invariant: all state of
-//! a pod is in the API server and the runtime; a restarted agent finds it again by labels.
+//! `attempts`, `backoff`, `env`, `resources`, `storage_limits`, `dns`, `sandbox_config`, `container_config`,
+//! `pull_secrets`. Invariant: all state of a pod is in the API server and the runtime; a restarted agent finds it again
+//! by labels.
 
 pub mod actual;
 mod attempts;
@@ -34,6 +35,8 @@ pub mod sandbox_config;
 mod start;
 mod status;
 mod statuses;
+pub mod storage_limits;
+mod storage_watch;
 #[cfg(test)]
 pub mod testing;
 mod watch;

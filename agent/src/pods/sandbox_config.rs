@@ -5,7 +5,7 @@
 use super::actual::{POD_NAME, POD_NAMESPACE, POD_UID};
 use super::desired::Desired;
 use super::dns::{self, ClusterDns};
-use super::resources;
+use super::{resources, storage_limits};
 use atoll_cri::v1;
 use k8s_openapi::api::core::v1 as api;
 use serde::Serialize;
@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 
 /// Annotation: volumes that live in the guest, as JSON.
 pub const SCRATCH_VOLUMES: &str = "atoll.dev/scratch-volumes";
+/// Annotation: bytes that the pod may write altogether.
+pub const STORAGE_LIMIT: &str = "atoll.dev/storage-limit-bytes";
 /// Annotation: group that owns the pod's volumes.
 pub const FS_GROUP: &str = "atoll.dev/fs-group";
 
@@ -71,6 +73,10 @@ pub fn sandbox(
     // Said by the node alone, whatever the pod's author wrote.
     annotations.insert(SCRATCH_VOLUMES.into(), scratch_volumes(desired, dirs));
     annotations.remove(FS_GROUP);
+    annotations.remove(STORAGE_LIMIT);
+    if let Some(limit) = storage_limits::of_pod(desired) {
+        annotations.insert(STORAGE_LIMIT.into(), limit.to_string());
+    }
     let context = desired.spec().security_context.clone().unwrap_or_default();
     if let Some(group) = context.fs_group {
         annotations.insert(FS_GROUP.into(), group.to_string());
@@ -156,7 +162,7 @@ mod tests {
     fn a_sandbox_carries_labels_scratch_volumes_and_resources() {
         let desired = pod(
             "{shareProcessNamespace: true, securityContext: {fsGroup: 7, supplementalGroups: [8], sysctls: [{name: a/b, value: '1'}]},
-              containers: [{name: a, image: i, resources: {limits: {cpu: 1, memory: 64Mi}}}],
+              containers: [{name: a, image: i, resources: {limits: {cpu: 1, memory: 64Mi, ephemeral-storage: 1Ki}}}],
               volumes: [{name: v, emptyDir: {medium: Memory, sizeLimit: 1Mi}}, {name: c, configMap: {name: c}}]}",
         );
         let dirs = Directories { pods: "/p".into(), logs: "/l".into() };
@@ -166,6 +172,7 @@ mod tests {
         let scratch: serde_json::Value = serde_json::from_str(&made.annotations[SCRATCH_VOLUMES]).unwrap();
         let want = serde_json::json!([{"path": "/p/u/volumes/kubernetes.io~empty-dir/v", "medium": "Memory", "sizeLimitBytes": 1 << 20}]);
         assert_eq!(scratch, want);
+        assert_eq!(made.annotations[STORAGE_LIMIT], "1024");
         let linux = made.linux.unwrap();
         assert_eq!(linux.sysctls["a.b"], "1");
         assert_eq!(linux.resources.unwrap().memory_limit_in_bytes, 64 << 20);

@@ -18,7 +18,8 @@ use super::fate::{self, Fate};
 use super::observe::Observer;
 use super::plan::{self, Action, Memory, Plan, Stop, Target};
 use super::start::{self, Start, StartError};
-use super::{backoff, dispatch::Mailbox, refuse, status};
+use super::storage_watch::{self, StorageWatch};
+use super::{backoff, cleanup, dispatch::Mailbox, refuse, status};
 use crate::events::{Severity, pod_reference};
 use crate::probes::Probers;
 use crate::volumes::Volumes;
@@ -42,9 +43,14 @@ const SANDBOX_LONGEST: Duration = Duration::from_secs(60);
 /// What came of an action.
 enum Done {
     Sandbox(Result<(), (&'static str, String)>),
-    Start { name: String, result: Result<(), StartError> },
+    Start {
+        name: String,
+        result: Result<(), StartError>,
+    },
     Other(Result<(), String>),
     Refreshed,
+    /// What the pod keeps on disk was looked at: why it has to go.
+    Measured(Option<String>),
 }
 
 struct Running {
@@ -74,6 +80,7 @@ pub struct Worker {
     sandbox_wait: Duration,
     refreshed: Timestamp,
     refreshing: bool,
+    storage: StorageWatch,
     finished: bool,
     /// Targets on which something failed a moment ago; until then they count as busy.
     cooling: Vec<(Target, Timestamp)>,
@@ -105,6 +112,7 @@ impl Worker {
             sandbox_wait: SANDBOX_WAIT,
             refreshed: Timestamp::now(),
             refreshing: false,
+            storage: StorageWatch::default(),
             finished: false,
             cooling: Vec::new(),
             teardown_at: None,
@@ -181,9 +189,11 @@ impl Worker {
             self.act(action, &actual, now);
         }
         self.refresh(&actual, now);
+        self.measure(&actual);
         self.publish(&actual, &plan, now).await;
         let cooled = self.cooling.iter().map(|(_, until)| *until).min();
-        [plan.wake, self.deadline_at(), cooled, self.teardown_at].into_iter().flatten().min()
+        let measure = self.storage.due_in().filter(|_| self.ending.is_none()).map(|wait| now + wait);
+        [plan.wake, self.deadline_at(), cooled, self.teardown_at, measure].into_iter().flatten().min()
     }
 
     /// A clock that is set back makes waits longer: none is left longer than it can have been made.
@@ -211,7 +221,8 @@ impl Worker {
     fn decide(&mut self, actual: &Actual, now: Timestamp) {
         let first = actual.sandboxes.is_empty() && actual.containers.is_empty() && self.running.is_empty();
         let refusal = if first && self.ending.is_none() { refuse::check(&self.desired.pod) } else { None };
-        let fate = fate::decide(&self.desired, actual, self.removed, refusal, &self.status, now);
+        let evicted = self.storage.exceeded();
+        let fate = fate::decide(&self.desired, actual, self.removed, refusal, evicted, &self.status, now);
         if let Some((reason, message)) = fate.failed()
             && self.ending.is_none()
         {
@@ -357,6 +368,7 @@ impl Worker {
                 tracing::warn!(pod = %self.desired.key, why, "trying again");
             }
             Ok((_, Done::Refreshed)) => self.refreshing = false,
+            Ok((_, Done::Measured(exceeded))) => self.storage.measured(exceeded),
             Ok((_, Done::Other(Ok(())))) => {}
             Err(error) if error.is_cancelled() => {}
             Err(error) => tracing::error!(pod = %self.desired.key, %error, "an action ended by itself"),
@@ -403,6 +415,15 @@ impl Worker {
         });
     }
 
+    fn measure(&mut self, actual: &Actual) {
+        if self.ending.is_some() || !self.storage.begin(&self.desired) {
+            return;
+        }
+        let Some(sandbox) = actual.sandbox() else { return self.storage.measured(None) };
+        let (ctx, desired, sandbox) = (self.ctx.clone(), self.desired.clone(), sandbox.id.clone());
+        self.tasks.spawn(async move { Done::Measured(storage_watch::look(&ctx, &desired, &sandbox).await) });
+    }
+
     async fn publish(&mut self, actual: &Actual, plan: &Plan, now: Timestamp) {
         self.memory.probed = self.probers.results();
         let (status, put_off) = self.attempts.status(&Look {
@@ -421,7 +442,7 @@ impl Worker {
         self.say_back_off(&put_off);
         let remove = self.ending.as_ref().is_some_and(|s| s.remove);
         let due = self.teardown_at.is_none_or(|at| at <= now);
-        let finished = remove && plan.gone && due && self.teardown().await;
+        let finished = remove && plan.gone && due && cleanup::remove_files(&self.ctx, &self.desired).await;
         self.teardown_at = (remove && plan.gone && !finished).then(|| now + RETRY);
         if !self.removed {
             self.ctx.statuses.set(&self.desired.key, &self.desired.pod, self.status.clone(), finished);
@@ -443,23 +464,6 @@ impl Worker {
             self.ctx.events.record(object, Severity::Warning, "BackOff", message);
             self.mail.wake.notify_one();
         }
-    }
-
-    /// Removes the pod's files. Answers whether nothing is left.
-    async fn teardown(&self) -> bool {
-        let uid = &self.desired.key.uid;
-        let logs = self.ctx.dirs.pod_logs(&self.desired);
-        let removed_logs = match tokio::fs::remove_dir_all(&logs).await {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        };
-        for result in [self.ctx.volumes.teardown(uid).await, removed_logs] {
-            if let Err(error) = result {
-                tracing::warn!(pod = %self.desired.key, %error, "cannot remove the pod's files; trying again");
-                return false;
-            }
-        }
-        true
     }
 
     fn deadline_at(&self) -> Option<Timestamp> {

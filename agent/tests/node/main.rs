@@ -11,3 +11,4 @@ mod host;
 mod idle;
 mod joining;
 mod runtime;
+mod storage;

@@ -22,6 +22,9 @@ struct Table {
     pod_cidr: String,
     /// Containers end with this as soon as they are started.
     doomed: Option<i32>,
+    /// Bytes that each container, and each volume of a sandbox by its directory, holds.
+    written: BTreeMap<String, u64>,
+    stored: BTreeMap<String, BTreeMap<String, u64>>,
 }
 
 #[derive(Clone)]
@@ -148,6 +151,22 @@ impl Runtime {
         (made.state, made.exit_code, made.finished) = (ContainerState::ContainerExited, code, now());
         let sandbox = made.sandbox.clone();
         self.tell(&table, id, &sandbox, ContainerEventType::ContainerStoppedEvent);
+    }
+
+    /// A container has this much in its writable layer.
+    pub fn writes(&self, id: &str, bytes: u64) {
+        self.table().written.insert(id.to_owned(), bytes);
+    }
+
+    /// The pod of a container has this much in each volume that lives in its guest.
+    pub fn stores(&self, id: &str, bytes: u64) {
+        let mut table = self.table();
+        let sandbox = table.containers[id].sandbox.clone();
+        let volumes = &table.sandboxes[&sandbox].config.annotations["atoll.dev/scratch-volumes"];
+        let volumes: Vec<serde_json::Value> = serde_json::from_str(volumes).expect("a list");
+        let path = |volume: &serde_json::Value| (volume["path"].as_str().expect("a path").to_owned(), bytes);
+        let stored = volumes.iter().map(path).collect();
+        table.stored.insert(sandbox, stored);
     }
 
     /// As when the host loses its power: nothing runs any more, the table is still there.
@@ -451,6 +470,39 @@ impl RuntimeService for Runtime {
         Ok(Response::new(UpdateRuntimeConfigResponse {}))
     }
 
+    async fn pod_sandbox_stats(
+        &self,
+        request: Request<PodSandboxStatsRequest>,
+    ) -> Answer<PodSandboxStatsResponse> {
+        let table = self.called("PodSandboxStats");
+        let id = request.into_inner().pod_sandbox_id;
+        let sandbox = table.sandboxes.get(&id).ok_or_else(|| Status::not_found("no such sandbox"))?;
+        let stored = table.stored.get(&id).cloned().unwrap_or_default();
+        let stored = serde_json::to_string(&stored).expect("a map of strings");
+        let attributes = PodSandboxAttributes {
+            id: id.clone(),
+            metadata: sandbox.config.metadata.clone(),
+            annotations: [("atoll.dev/scratch-usage".to_owned(), stored)].into(),
+            ..Default::default()
+        };
+        let containers = table.containers.iter().filter(|(_, made)| made.sandbox == id);
+        let containers = containers.map(|(id, made)| ContainerStats {
+            attributes: Some(ContainerAttributes {
+                id: id.clone(),
+                metadata: made.config.metadata.clone(),
+                ..Default::default()
+            }),
+            writable_layer: Some(FilesystemUsage {
+                used_bytes: Some(UInt64Value { value: table.written.get(id).copied().unwrap_or_default() }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        });
+        let linux = LinuxPodSandboxStats { containers: containers.collect(), ..Default::default() };
+        let stats = PodSandboxStats { attributes: Some(attributes), linux: Some(linux), windows: None };
+        Ok(Response::new(PodSandboxStatsResponse { stats: Some(stats) }))
+    }
+
     async fn get_container_events(
         &self,
         _: Request<GetEventsRequest>,
@@ -480,7 +532,6 @@ impl RuntimeService for Runtime {
         container_stats(ContainerStatsRequest) -> ContainerStatsResponse;
         list_container_stats(ListContainerStatsRequest) -> ListContainerStatsResponse;
         stream_container_stats(StreamContainerStatsRequest) -> Self::StreamContainerStatsStream;
-        pod_sandbox_stats(PodSandboxStatsRequest) -> PodSandboxStatsResponse;
         list_pod_sandbox_stats(ListPodSandboxStatsRequest) -> ListPodSandboxStatsResponse;
         stream_pod_sandbox_stats(StreamPodSandboxStatsRequest) -> Self::StreamPodSandboxStatsStream;
         checkpoint_container(CheckpointContainerRequest) -> CheckpointContainerResponse;

@@ -10,11 +10,12 @@ use atoll_qemu_test::inspect::{Inspector, Target};
 use atoll_qemu_test::lab::{BUSYBOX, Lab, node_name};
 use atoll_qemu_test::machine::Machine;
 use atoll_qemu_test::network::{Offer, SERVER, address};
-use atoll_qemu_test::oci::Image;
+use atoll_qemu_test::oci::{Image, noise};
 use atoll_qemu_test::process::wait_for;
-use std::io::Read;
-use std::net::TcpListener;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 const INDEX: usize = 3;
@@ -206,6 +207,24 @@ fn cable_pulled_and_put_back() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Takes one connection; gives it `give` and reads it to its end.
+fn serve(give: Vec<u8>) -> anyhow::Result<(u16, JoinHandle<std::io::Result<usize>>)> {
+    let listener = TcpListener::bind((SERVER, 0))?;
+    let port = listener.local_addr()?.port();
+    let served = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept()?;
+        stream.set_read_timeout(Some(POD))?;
+        stream.set_write_timeout(Some(POD))?;
+        if !give.is_empty() {
+            stream.write_all(&give)?;
+            // Only here: who sends us something would take it for the end of the conversation.
+            stream.shutdown(Shutdown::Write)?;
+        }
+        stream.read_to_end(&mut Vec::new())
+    });
+    Ok((port, served))
+}
+
 #[test]
 fn mtu_1400_on_the_path_reaches_the_link_and_nothing_hangs() -> anyhow::Result<()> {
     let host = host();
@@ -221,22 +240,20 @@ fn mtu_1400_on_the_path_reaches_the_link_and_nothing_hangs() -> anyhow::Result<(
         let inspector = Inspector::new(&address(INDEX))?;
         let mtu = inspector.read(&format!("/sys/class/net/{link}/mtu"))?;
         ensure!(mtu.trim() == "1400", "the MTU of {link} is {mtu}");
-        // A pull of 4 MiB down; up, 4 MiB of a pod and its log of 600 KiB.
+        // Down, a pull of 4 MiB and as much by the pod itself; up, 4 MiB of the pod and its log of 600 KiB.
         lab.registry.push("noise", "1", &Image::busybox_with_noise(4, 1)?)?;
-        let listener = TcpListener::bind((SERVER, 0))?;
-        let port = listener.local_addr()?.port();
-        let script = format!("yes 0123456789 | head -n 60000; cat /noise | nc {SERVER} {port}; echo sent");
+        let ((up, received), (down, given)) = (serve(Vec::new())?, serve(noise(4, 1))?);
+        let script = format!(
+            "yes 0123456789 | head -n 60000; cat /noise | nc {SERVER} {up}; \
+             nc {SERVER} {down} < /dev/null > /got; cmp /got /noise && echo both ways"
+        );
         let pod = pod(lab, "narrow", "registry.lab:5000/noise:1", &script)?;
-        let received = std::thread::spawn(move || -> std::io::Result<usize> {
-            let (mut stream, _) = listener.accept()?;
-            stream.set_read_timeout(Some(POD))?;
-            stream.read_to_end(&mut Vec::new())
-        });
         pod.wait("{.status.phase}", "Succeeded", POD)?;
         let received = received.join().expect("it does not panic")?;
         ensure!(received == 4 << 20, "{received} bytes came from the pod");
+        given.join().expect("it does not panic")?;
         let log = lab.supervisor.kubectl_ok(&["logs", "narrow"])?;
-        ensure!(log.len() > 600_000 && log.ends_with("sent\n"), "a log of {} bytes", log.len());
+        ensure!(log.len() > 600_000 && log.ends_with("both ways\n"), "a log of {} bytes", log.len());
         Ok(())
     };
     let outcome = narrow();

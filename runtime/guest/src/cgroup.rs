@@ -26,7 +26,21 @@ pub fn prepare(root: &Path) -> Result<()> {
             write(&group.join("cgroup.subtree_control"), &format!("+{controller}"))?;
         }
     }
-    Ok(())
+    bound_processes(&pod)
+}
+
+/// Containers get half of the processes that this kernel can have: the guest's own threads, by which a container is
+/// looked into and ended, have room whatever it forks.
+fn bound_processes(pod: &Path) -> Result<()> {
+    let path = pod.join("pids.max");
+    let allowed = |name: &str| {
+        let text = std::fs::read_to_string(Path::new("/proc/sys/kernel").join(name)).ok()?;
+        text.trim().parse::<u64>().ok()
+    };
+    match [allowed("threads-max"), allowed("pid_max")].into_iter().flatten().min() {
+        Some(most) if path.exists() => write(&path, &(most / 2).max(1).to_string()),
+        _ => Ok(()),
+    }
 }
 
 fn write(path: &Path, value: &str) -> Result<()> {

@@ -124,7 +124,11 @@ impl Guest {
                 let container = self.containers.get(&container)?;
                 Ok(Reply::File { base64: volumes::read_file(container.file(&target)?)? })
             }
-            Call::Stats => Ok(Reply::Stats(Box::new(stats::collect(&self.containers, &self.options.cgroup)))),
+            Call::Stats => {
+                let volumes = self.pod.get().map(|pod| &pod.volumes);
+                let stats = stats::collect(&self.containers, volumes, &self.options.cgroup);
+                Ok(Reply::Stats(Box::new(stats)))
+            }
             Call::List => {
                 let containers = self.containers.all().iter().map(|container| container.describe()).collect();
                 Ok(Reply::Containers { containers })

@@ -2,6 +2,7 @@
 
 use crate::cgroup::field;
 use crate::container::Containers;
+use crate::volumes::Volumes;
 use atoll_spec::guest::{GuestStats, NetworkUsage, Usage};
 use std::collections::HashSet;
 use std::os::unix::fs::MetadataExt as _;
@@ -11,10 +12,15 @@ use std::path::{Path, PathBuf};
 const MAX_ENTRIES: usize = 50_000;
 
 /// Everything, now.
-pub fn collect(containers: &Containers, cgroup_root: &Path) -> GuestStats {
+pub fn collect(containers: &Containers, volumes: Option<&Volumes>, cgroup_root: &Path) -> GuestStats {
     let all = containers.all();
     let containers = all.iter().map(|one| (one.spec.container.to_string(), one.usage())).collect();
-    GuestStats { total: total(cgroup_root), network: network(&read("/proc/net/dev")), containers }
+    GuestStats {
+        total: total(cgroup_root),
+        network: network(&read("/proc/net/dev")),
+        containers,
+        volumes: volumes.map(Volumes::usage).unwrap_or_default(),
+    }
 }
 
 fn read(path: impl AsRef<Path>) -> String {

@@ -5,10 +5,11 @@
 
 use crate::error::{Context as _, Failure, Result};
 use crate::mount::Detached;
+use crate::stats::tree_size;
 use crate::tree;
 use base64::Engine as _;
 use rustix::mount::MountAttrFlags;
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -108,6 +109,20 @@ impl Volumes {
         mounted.insert(key);
         Ok(path)
     }
+
+    /// Bytes in each volume on the scratch disk. Those in memory have their limit from the file system.
+    pub fn usage(&self) -> BTreeMap<String, u64> {
+        let mounted = self.mounted.lock().unwrap_or_else(PoisonError::into_inner);
+        let names: Vec<String> =
+            mounted.iter().filter(|(_, memory)| !memory).map(|(name, _)| name.clone()).collect();
+        // Looking takes its time: nobody who starts a container has to wait for it.
+        drop(mounted);
+        let size = |name: String| {
+            let (bytes, _) = tree_size(&self.disk.join(&name));
+            (name, bytes)
+        };
+        names.into_iter().map(size).collect()
+    }
 }
 
 fn set_mode(path: &Path, mode: u32) -> Result<()> {
@@ -146,6 +161,17 @@ mod tests {
             assert!(check_name(bad).is_err(), "{bad:?}");
         }
         assert!(check_name("default-token_1.x").is_ok());
+    }
+
+    #[test]
+    fn volumes_on_the_disk_are_measured() {
+        let dir = tempfile::tempdir().unwrap();
+        let volumes = Volumes::new(&dir.path().join("run"), &dir.path().join("scratch")).unwrap();
+        let path = volumes.scratch("v-1", false, None).unwrap();
+        volumes.scratch("v-2", false, None).unwrap();
+        std::fs::write(path.join("file"), vec![1; 1 << 20]).unwrap();
+        let usage = volumes.usage();
+        assert!(usage["v-1"] >= 1 << 20 && usage["v-2"] < 1 << 20, "{usage:?}");
     }
 
     #[test]

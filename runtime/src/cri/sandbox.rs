@@ -17,6 +17,8 @@ use tonic::Status;
 
 /// Annotation that lists the host directories which are volumes in the guest.
 const SCRATCH_ANNOTATION: &str = "atoll.dev/scratch-volumes";
+/// Annotation: bytes that the pod's containers may write altogether, so that its scratch disk is no larger than it has to be.
+const LIMIT_ANNOTATION: &str = "atoll.dev/storage-limit-bytes";
 /// Most virtual processors of a VM.
 const MAX_VCPUS: u64 = 32;
 /// Most memory that is given to one VM without questions, MiB.
@@ -185,6 +187,7 @@ pub(super) fn sandbox_spec(
         None => Vec::new(),
         Some(text) => scratch_volumes(text)?,
     };
+    let storage_limit = config.annotations.get(LIMIT_ANNOTATION).map(|t| storage_limit(t)).transpose()?;
     let (memory, vcpus) = size(&linux, defaults);
     let dns = config.dns_config.unwrap_or_default();
     Ok(SandboxSpec {
@@ -205,6 +208,13 @@ pub(super) fn sandbox_spec(
         memory,
         vcpus,
         scratch_volumes,
+        storage_limit,
+    })
+}
+
+fn storage_limit(text: &str) -> Result<u64, Status> {
+    text.parse().map_err(|_| {
+        Status::invalid_argument(format!("annotation {LIMIT_ANNOTATION} '{text}' is not a number of bytes"))
     })
 }
 

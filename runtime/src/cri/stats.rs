@@ -4,9 +4,11 @@
 use super::sandbox::{matches_labels, metadata};
 use super::{Cri, status};
 use crate::service::{Command, ContainerView, SandboxView};
+use crate::spec::ScratchVolume;
 use crate::vm::host::HostUsage;
 use crate::vm::launch::unix_ns;
 use crate::vm::pod::PodVm;
+use crate::volumes;
 use atoll_cri::v1::{
     ContainerAttributes, ContainerMetadata, ContainerStats, ContainerStatsFilter, ContainerStatsResponse,
     CpuUsage, FilesystemIdentifier, FilesystemUsage, LinuxPodSandboxStats, MemoryUsage, Metric,
@@ -15,9 +17,12 @@ use atoll_cri::v1::{
     UInt64Value,
 };
 use atoll_spec::guest::{GuestStats, Usage};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use tonic::Status;
+
+/// Annotation of a sandbox's statistics: bytes in each volume that the guest keeps on its disk, by host path, as JSON.
+const USAGE_ANNOTATION: &str = "atoll.dev/scratch-usage";
 
 fn number(value: u64) -> Option<UInt64Value> {
     Some(UInt64Value { value })
@@ -104,7 +109,7 @@ impl Cri {
                 id: view.id.to_string(),
                 metadata: Some(metadata(&view.spec.name)),
                 labels: view.spec.labels.clone().into_iter().collect(),
-                annotations: view.spec.annotations.clone().into_iter().collect(),
+                annotations: annotations(view, &guest),
             }),
             linux: Some(linux_stats(&host, &guest, own.map(|c| container_stats(c, &guest)).collect())),
             windows: None,
@@ -126,6 +131,18 @@ impl Cri {
         });
         Ok(futures_util::future::join_all(asked).await.into_iter().flatten().collect())
     }
+}
+
+/// The sandbox's own, and what is in each of its volumes, for which CRI has no field.
+fn annotations(view: &SandboxView, guest: &GuestStats) -> HashMap<String, String> {
+    let volumes = view.spec.scratch_volumes.iter();
+    let used = |volume: &ScratchVolume| {
+        Some((volume.path.clone(), *guest.volumes.get(&volumes::scratch_name(volume))?))
+    };
+    let used: BTreeMap<String, u64> = volumes.filter_map(used).collect();
+    let mut annotations: HashMap<String, String> = view.spec.annotations.clone().into_iter().collect();
+    annotations.insert(USAGE_ANNOTATION.to_owned(), serde_json::json!(used).to_string());
+    annotations
 }
 
 fn cpu(ns: u64) -> CpuUsage {

@@ -109,6 +109,7 @@ impl Owner {
             uid: config.vmm_uid_base.saturating_add(sandbox.cid.get()),
             memory: spec.memory,
             vcpus: spec.vcpus,
+            storage_limit: spec.storage_limit,
             guest,
             console: config.guest_console,
             deadline: config.launch_deadline(),

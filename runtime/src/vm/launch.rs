@@ -32,6 +32,8 @@ use tokio::sync::{mpsc, watch};
 
 /// Time for the VMM to build the machine and enter its jail.
 const BOOT_DEADLINE: Duration = Duration::from_secs(30);
+/// By how much the deadline of the whole is later than the guest's own: whose guest says nothing reads just that.
+const LATER: Duration = Duration::from_secs(2);
 
 /// What launching needs beside the plan; one for all sandboxes.
 pub struct Launcher {
@@ -63,6 +65,8 @@ pub struct Plan {
     pub memory: MiB,
     /// Processors.
     pub vcpus: u8,
+    /// What its containers may write altogether, in bytes.
+    pub storage_limit: Option<u64>,
     /// What the guest is told.
     pub guest: GuestConfig,
     /// Keep the serial console.
@@ -86,7 +90,7 @@ pub async fn launch(launcher: &Arc<Launcher>, plan: Plan) -> Result<Arc<PodVm>> 
     let what = || format!("launching the virtual machine of sandbox {sandbox}");
     // Dropping the phases half-way is what the unwinding below is for.
     let result = tokio::select! {
-        result = within(deadline, what, phases) => result.flatten(),
+        result = within(deadline + LATER, what, phases) => result.flatten(),
         Ok(_) = cancelled.wait_for(|c| *c) => Err(Error::State(format!("sandbox {sandbox} was stopped during its launch"))),
     };
     match result {
@@ -203,7 +207,7 @@ impl Prepared {
         let (process, tap, scratch) = tokio::try_join!(
             spawned,
             launcher.host.open_network(&plan.port),
-            launcher.scratch.copy_to(&scratch_path),
+            launcher.scratch.copy_to(&scratch_path, plan.storage_limit),
         )?;
         let files = launcher.host.boot_files()?;
         Ok(Self { launcher: launcher.clone(), plan, link, process, tap, scratch, files, started })
@@ -268,12 +272,23 @@ impl Jailed {
     /// Waits for the guest and tells it who it is.
     async fn greet(self) -> Result<Arc<PodVm>> {
         let Self { prepared, vmm, claimed, booted } = self;
-        let Prepared { launcher, mut plan, link, process, started, .. } = prepared;
+        let Prepared { launcher, plan, link, process, started, .. } = prepared;
+        let silent = |error: Error, what: &str| match error {
+            Error::Deadline { .. } => Error::Step {
+                operation: "boot",
+                object: format!("the guest of sandbox {}", plan.sandbox),
+                why: format!("it {what} within {} s", plan.deadline.as_secs()),
+            },
+            other => other,
+        };
+        let left = || plan.deadline.saturating_sub(started.elapsed());
         let hello = async {
-            link.connected(plan.deadline).await?;
+            link.connected(left()).await.map_err(|e| silent(e, "did not call the runtime"))?;
             let hello = started.elapsed();
-            plan.guest.unix_ns = unix_ns();
-            link.call(Call::Configure(Box::new(plan.guest)), plan.deadline).await?;
+            let mut config = Box::new(plan.guest.clone());
+            config.unix_ns = unix_ns();
+            let configured = link.call(Call::Configure(config), left()).await;
+            configured.map_err(|e| silent(e, "called the runtime and did not answer it"))?;
             Ok::<Duration, Error>(hello)
         };
         // Whichever is first decides; a cancelled call leaves no trace but an answer nobody waits for.

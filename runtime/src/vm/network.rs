@@ -137,7 +137,8 @@ impl Filter {
     }
 }
 
-/// The whole table, replaced in one transaction.
+/// The whole table, replaced in one transaction. A pod's link is wider than many a path: TCP connections of pods agree on
+/// segments that fit the link which they take, for who answers a pod never sees that link.
 fn table(cidr: PodCidr, ports: &[Port]) -> String {
     let elements =
         ports.iter().map(|p| format!("\"{}\" . {}", p.tap, p.address)).collect::<Vec<_>>().join(", ");
@@ -151,6 +152,10 @@ table inet atoll {{
     type filter hook prerouting priority raw; policy accept;
     iifname \"atoll*\" meta nfproto ipv6 drop
     iifname \"atoll*\" iifname . ip saddr != @pods drop
+  }}
+  chain passing {{
+    type filter hook forward priority mangle; policy accept;
+    tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu
   }}
   chain leaving {{
     type nat hook postrouting priority srcnat; policy accept;

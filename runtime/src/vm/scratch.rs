@@ -1,61 +1,74 @@
-//! The scratch disk of a pod: a sparse copy of an empty ext4 file system that is made once.
+//! The scratch disk of a pod: a sparse copy of an empty ext4 file system that is made once for each size.
 //!
-//! Called by `vm::launch`. Invariant: a template that exists is whole (it gets its name when it is finished), so a copy
-//! is a file system that mounts at once.
+//! Called by `vm::launch`. Invariants: a template that exists is whole (it gets its name when it is finished), so a copy
+//! is a file system that mounts at once; whatever a pod writes, its disk is the most that it takes of the host's.
 
 use crate::error::{Error, Result, within};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::OnceCell;
 
 /// Longest run of `mkfs.ext4`.
 const MKFS_DEADLINE: Duration = Duration::from_secs(120);
 
+/// Room on a disk beside what a pod may write: those who look at its use must see that it is more than allowed, and
+/// the file system has tables of its own.
+const SLACK: u64 = 64 << 20;
+
+/// The smallest disk, in MiB.
+pub const LEAST_MIB: u32 = 64;
+
 /// Makes scratch disks.
 pub struct Scratch {
     mkfs: PathBuf,
-    template: PathBuf,
-    bytes: u64,
-    made: OnceCell<()>,
+    directory: PathBuf,
+    most_mib: u32,
+    /// By size in MiB.
+    made: Mutex<BTreeMap<u32, Arc<OnceCell<()>>>>,
 }
 
 impl Scratch {
-    /// Disks of `mib` MiB; the template lies in `directory`.
-    pub fn new(mkfs: &Path, directory: &Path, mib: u32) -> Self {
-        Self {
-            mkfs: mkfs.to_owned(),
-            template: directory.join(format!("scratch-{mib}.template")),
-            bytes: u64::from(mib) << 20,
-            made: OnceCell::new(),
-        }
+    /// Disks of at most `most_mib` MiB; the templates lie in `directory`.
+    pub fn new(mkfs: &Path, directory: &Path, most_mib: u32) -> Self {
+        Self { mkfs: mkfs.to_owned(), directory: directory.to_owned(), most_mib, made: Mutex::default() }
     }
 
-    /// A new disk at `path`, opened read-write.
-    pub async fn copy_to(&self, path: &Path) -> Result<File> {
-        self.prepare().await?;
-        let (template, path) = (self.template.clone(), path.to_owned());
+    /// A new disk at `path`, opened read-write, for a pod that may write `limit` bytes.
+    pub async fn copy_to(&self, path: &Path, limit: Option<u64>) -> Result<File> {
+        let template = self.template(disk_mib(limit, self.most_mib)).await?;
+        let path = path.to_owned();
         let copy = tokio::task::spawn_blocking(move || {
             sparse_copy(&template, &path).map_err(Error::io("make scratch disk", &path))
         });
         copy.await.map_err(|e| Error::Invalid(e.to_string()))?
     }
 
-    /// Makes the template where it is missing; callers at the same time wait for one making.
+    /// Makes the template of a pod without limit.
     pub async fn prepare(&self) -> Result<()> {
-        self.made.get_or_try_init(|| self.make_template()).await.map(|_| ())
+        self.template(self.most_mib).await.map(drop)
     }
 
-    async fn make_template(&self) -> Result<()> {
-        if self.template.metadata().is_ok_and(|m| m.len() == self.bytes) {
+    /// The template of this size, made where it is missing; callers at the same time wait for one making.
+    async fn template(&self, mib: u32) -> Result<PathBuf> {
+        let path = self.directory.join(format!("scratch-{mib}.template"));
+        let cell = self.made.lock().unwrap_or_else(PoisonError::into_inner).entry(mib).or_default().clone();
+        cell.get_or_try_init(|| self.make_template(&path, u64::from(mib) << 20)).await?;
+        Ok(path)
+    }
+
+    async fn make_template(&self, template: &Path, bytes: u64) -> Result<()> {
+        if template.metadata().is_ok_and(|m| m.len() == bytes) {
             return Ok(());
         }
-        let unfinished = self.template.with_extension("new");
+        let unfinished = template.with_extension("new");
         let file = File::create(&unfinished).map_err(Error::io("create", &unfinished))?;
-        file.set_len(self.bytes).map_err(Error::io("size", &unfinished))?;
+        file.set_len(bytes).map_err(Error::io("size", &unfinished))?;
         drop(file);
         // No journal: nobody mounts this disk again after a crash of its guest.
         let features = "^has_journal,^resize_inode,extent,sparse_super2";
@@ -70,7 +83,8 @@ impl Scratch {
                 "-E",
                 "lazy_itable_init=1,nodiscard,root_owner=0:0",
             ])
-            .args(["-U", "random", "-L", "scratch"])
+            // Left to itself it gives a small disk small blocks, and each page of a file several of them.
+            .args(["-b", "4096", "-U", "random", "-L", "scratch"])
             .arg(&unfinished)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -86,8 +100,24 @@ impl Scratch {
                 why: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
             });
         }
-        std::fs::rename(&unfinished, &self.template).map_err(Error::io("rename", &unfinished))
+        std::fs::rename(&unfinished, template).map_err(Error::io("rename", &unfinished))
     }
+}
+
+/// Size of the disk of a pod that may write `limit` bytes: a power of two, so that there are few templates.
+fn disk_mib(limit: Option<u64>, most_mib: u32) -> u32 {
+    let Some(limit) = limit else { return most_mib };
+    let bytes = limit.saturating_add(limit / 4).saturating_add(SLACK);
+    let mib = u32::try_from(bytes.div_ceil(1 << 20)).ok().and_then(u32::checked_next_power_of_two);
+    mib.map_or(most_mib, |mib| mib.min(most_mib))
+}
+
+/// The largest disk of a pod: what was asked for, but never more than half of the file system of `data`, so that no pod
+/// fills it alone.
+pub fn most_mib(asked: u32, data: &Path) -> Result<u32> {
+    let stat = rustix::fs::statvfs(data).map_err(|e| Error::io("measure", data)(e.into()))?;
+    let half = (stat.f_blocks.saturating_mul(stat.f_frsize) / 2) >> 20;
+    Ok(asked.min(u32::try_from(half).unwrap_or(u32::MAX)).max(LEAST_MIB))
 }
 
 /// Copies the data of a sparse file and keeps its holes.
@@ -129,6 +159,25 @@ mod tests {
     use super::*;
     use std::io::{Read, Seek, Write};
     use std::os::unix::fs::MetadataExt;
+
+    #[test]
+    fn a_disk_is_larger_than_what_may_be_written_and_never_larger_than_the_most() {
+        const MOST: u32 = 10 << 10;
+        assert_eq!(disk_mib(None, MOST), MOST);
+        assert_eq!(disk_mib(Some(1), MOST), 128);
+        assert_eq!(disk_mib(Some(64 << 20), MOST), 256);
+        assert_eq!(disk_mib(Some(2 << 30), MOST), 4096);
+        assert_eq!(disk_mib(Some(9 << 30), MOST), MOST);
+        assert_eq!(disk_mib(Some(u64::MAX), MOST), MOST);
+    }
+
+    #[test]
+    fn no_disk_is_larger_than_half_of_data() {
+        let stat = rustix::fs::statvfs("/").unwrap();
+        let half = u32::try_from((stat.f_blocks * stat.f_frsize / 2) >> 20).unwrap();
+        assert_eq!(most_mib(u32::MAX, Path::new("/")).unwrap(), half);
+        assert_eq!(most_mib(64, Path::new("/")).unwrap(), 64);
+    }
 
     #[test]
     fn a_sparse_copy_has_the_data_and_the_holes() {

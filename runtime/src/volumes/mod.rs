@@ -104,11 +104,16 @@ fn scratch_source(path: &Path, scratch: &[ScratchVolume]) -> Option<MountSource>
     let volume = scratch.iter().find(|v| path.starts_with(&v.path))?;
     let sub_path = path.strip_prefix(&volume.path).ok()?.to_string_lossy().into_owned();
     Some(MountSource::Scratch {
-        volume: format!("v-{}", name_of(Path::new(&volume.path))),
+        volume: scratch_name(volume),
         sub_path,
         memory: volume.medium == "Memory",
         size_bytes: volume.size_limit_bytes,
     })
+}
+
+/// Name in the guest of a volume that is kept there.
+pub fn scratch_name(volume: &ScratchVolume) -> String {
+    format!("v-{}", name_of(Path::new(&volume.path)))
 }
 
 /// Name of a tree in the guest: the same for every mount of the directory.

@@ -49,6 +49,17 @@ pub async fn run(exchange: Exchange, vmm: FakeVmm) {
     tokio::select! { () = life => {}, () = vmm.ended() => {} }
 }
 
+/// Dials, takes whatever it is asked, and never answers.
+pub async fn mute(exchange: Exchange, vmm: FakeVmm) {
+    let life = async {
+        let mut stream = exchange.dial(vmm.cid).await;
+        let hello = send(&mut stream, &Hello::Control { protocol: PROTOCOL, ready_us: 1 }).await;
+        while hello.is_ok() && stream.read(&mut [0; 4096]).await.is_ok_and(|count| count > 0) {}
+        std::future::pending::<()>().await;
+    };
+    tokio::select! { () = life => {}, () = vmm.ended() => {} }
+}
+
 async fn send(to: &mut (impl AsyncWriteExt + Unpin), message: &impl serde::Serialize) -> std::io::Result<()> {
     to.write_all(&atoll_runtime::vm::wire::frame(message)?).await
 }
@@ -168,7 +179,12 @@ impl Guest {
         let usage =
             Usage { memory_bytes: 11, pids: state.trees.values().sum::<usize>() as u64, ..Usage::default() };
         let containers = state.containers.keys().map(|id| (id.to_string(), usage)).collect();
-        GuestStats { total: usage, containers, ..GuestStats::default() }
+        let mounts = state.containers.values().flat_map(|c| &c.spec.mounts);
+        let volumes = mounts.filter_map(|mount| match &mount.source {
+            MountSource::Scratch { volume, .. } => Some((volume.clone(), volume.len() as u64)),
+            _ => None,
+        });
+        GuestStats { total: usage, containers, volumes: volumes.collect(), ..GuestStats::default() }
     }
 
     async fn start(&self, id: ContainerId) -> Result<Reply, GuestError> {

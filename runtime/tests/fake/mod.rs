@@ -237,6 +237,10 @@ impl FakeHost {
             }
             // A guest that never says anything.
             VmRequest::Boot(_) if self.fails("silent").is_err() => VmReply::Ok,
+            VmRequest::Boot(_) if self.fails("mute").is_err() => {
+                runtime.spawn(guest::mute(self.exchange.clone(), vmm.clone()));
+                VmReply::Ok
+            }
             VmRequest::Boot(_) => {
                 runtime.spawn(guest::run(self.exchange.clone(), vmm.clone()));
                 VmReply::Ok

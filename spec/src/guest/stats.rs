@@ -12,6 +12,9 @@ pub struct GuestStats {
     pub network: NetworkUsage,
     /// By container.
     pub containers: BTreeMap<String, Usage>,
+    /// Bytes in each volume on the scratch disk.
+    #[serde(default)]
+    pub volumes: BTreeMap<String, u64>,
 }
 
 /// CPU, memory, processes and writable layer.

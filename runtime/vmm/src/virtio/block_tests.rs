@@ -268,3 +268,69 @@ proptest! {
         prop_assert_eq!(file.metadata().unwrap().len(), DISK_BYTES + 100);
     }
 }
+
+/// A guest that kicks without end: its disk answers what there is, raises no line for nothing, and lets go at a reset.
+/// The processor time of it is the pod's: the threads are in its cgroup, whose `cpu.max` bounds them.
+#[test]
+fn a_flood_of_kicks_costs_no_interrupt_and_no_request() {
+    use std::sync::atomic::AtomicBool;
+    use std::time::{Duration, Instant};
+    const REQUESTS: u16 = 16;
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(DISK_BYTES).unwrap();
+    let ram = Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), 0x20_0000)]).unwrap());
+    let interrupt = Arc::new(Interrupt::new(false).unwrap());
+    let kick = EventFd::new(0).unwrap();
+    let flood = kick.try_clone().unwrap();
+    let (mut device, worker) =
+        new(FileDisk::new(file).unwrap(), ram.clone(), interrupt.clone(), kick, Arc::default());
+    // Never ends, as in the VMM.
+    std::thread::spawn(move || worker.run());
+    let over = Arc::new(AtomicBool::new(false));
+    let (until, kicks) = (over.clone(), flood.try_clone().unwrap());
+    let flooding = std::thread::spawn(move || {
+        let mut count = 0_u64;
+        while !until.load(Ordering::Relaxed) {
+            kicks.write(1).unwrap();
+            count += 1;
+        }
+        count
+    });
+
+    let mock = MockSplitQueue::new(ram.as_ref(), 16);
+    ram.write_obj(VIRTIO_BLK_T_IN, GuestAddress(HEADER_AT)).unwrap();
+    let chain = [descriptor(HEADER_AT, 16, 0), descriptor(DATA_AT, 512, W), descriptor(STATUS_AT, 1, W)];
+    device.activate(F_VERSION_1, vec![Some(mock.create_queue().unwrap())]).unwrap();
+    let answered = |count: u16| {
+        let started = Instant::now();
+        while mock.used().idx().load() != count {
+            assert!(started.elapsed() < Duration::from_secs(10), "request {count} is not answered");
+            std::thread::yield_now();
+        }
+    };
+    for count in 1..=REQUESTS {
+        // One slot of the ring after the other, all for the same chain.
+        if count == 1 {
+            mock.build_desc_chain(&chain).unwrap();
+        } else {
+            mock.avail().ring().ref_at(usize::from(count - 1)).unwrap().store(0);
+            mock.avail().idx().store(count);
+        }
+        answered(count);
+    }
+    let started = Instant::now();
+    device.reset();
+    assert!(started.elapsed() < Duration::from_secs(10), "the reset took {:?}", started.elapsed());
+    // After it nothing is served, however often it is kicked.
+    mock.avail().ring().ref_at(0).unwrap().store(0);
+    mock.avail().idx().store(REQUESTS + 1);
+    let seen = Instant::now();
+    while seen.elapsed() < Duration::from_millis(100) {
+        assert_eq!(mock.used().idx().load(), REQUESTS);
+    }
+    over.store(true, Ordering::Relaxed);
+    let kicked = flooding.join().unwrap();
+    let raised = interrupt.event().read().unwrap();
+    assert!(kicked > 10 * u64::from(REQUESTS), "only {kicked} kicks");
+    assert!(raised <= u64::from(REQUESTS), "the line was raised {raised} times for {REQUESTS} requests");
+}

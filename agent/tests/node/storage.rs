@@ -1,0 +1,81 @@
+//! Pods that keep more on disk than they may are evicted, and others are not looked at.
+
+use crate::host::{Host, PODS, SOON, until};
+use serde_json::{Value, json};
+use std::time::Instant;
+
+const MIB: u64 = 1 << 20;
+
+fn limited(limit: Option<&str>, volumes: Value) -> Value {
+    let limits = limit.map_or(json!({}), |limit| json!({"limits": {"ephemeral-storage": limit}}));
+    let main = json!({"name": "main", "image": "image:1", "resources": limits});
+    json!({"containers": [main], "volumes": volumes})
+}
+
+async fn evicted(host: &Host, name: &str, message: &str) {
+    let status = until("the pod to be evicted", SOON, || {
+        let pod = host.cluster.get(&format!("{PODS}/{name}"))?;
+        (pod["status"]["phase"] == "Failed").then(|| pod["status"].clone())
+    })
+    .await;
+    assert_eq!((status["reason"].as_str(), status["message"].as_str()), (Some("Evicted"), Some(message)));
+    assert!(host.runtime.running(name).is_empty());
+    until("an event that says so", SOON, || {
+        let events = host.cluster.objects("/api/v1/namespaces/default/events/");
+        events.iter().any(|e| e["reason"] == "Evicted" && e["message"] == message).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pod_that_writes_more_than_its_limit_is_evicted_and_not_started_again() {
+    let host = Host::ready().await;
+    host.bind("writes", limited(Some("64Mi"), json!([])));
+    host.wait_running("writes").await;
+    let main = host.runtime.running("writes").remove(0);
+    host.runtime.writes(&main, 64 * MIB + 1);
+    evicted(&host, "writes", "Pod ephemeral local storage usage exceeds the total limit of containers 64Mi.")
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pod_whose_log_is_larger_than_its_limit_is_evicted() {
+    let host = Host::ready().await;
+    host.bind("logs", limited(Some("1Mi"), json!([])));
+    host.wait_running("logs").await;
+    let main = host.runtime.running("logs").remove(0);
+    std::fs::write(host.runtime.log(&main), vec![b'x'; 2 << 20]).unwrap();
+    evicted(&host, "logs", "Pod ephemeral local storage usage exceeds the total limit of containers 1Mi.")
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pod_that_fills_its_empty_dir_beyond_the_limit_is_evicted() {
+    let host = Host::ready().await;
+    host.bind("stores", limited(None, json!([{"name": "v", "emptyDir": {"sizeLimit": "8Mi"}}])));
+    host.wait_running("stores").await;
+    let main = host.runtime.running("stores").remove(0);
+    host.runtime.stores(&main, 9 * MIB);
+    evicted(&host, "stores", "Usage of EmptyDir volume \"v\" exceeds the limit \"8Mi\".").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pod_without_limits_may_write_and_is_not_looked_at() {
+    let host = Host::ready().await;
+    let from = Instant::now();
+    host.bind("open", limited(None, json!([{"name": "v", "emptyDir": {}}])));
+    host.bind("within", limited(Some("64Mi"), json!([])));
+    for name in ["open", "within"] {
+        host.wait_running(name).await;
+    }
+    host.runtime.writes(&host.runtime.running("open")[0], 1 << 40);
+    // Its log counts too.
+    host.runtime.writes(&host.runtime.running("within")[0], 63 * MIB);
+    until("two looks at the one with a limit", SOON, || {
+        (host.runtime.count(from, "PodSandboxStats") >= 2).then_some(())
+    })
+    .await;
+    for name in ["open", "within"] {
+        assert_eq!(host.runtime.running(name).len(), 1, "{name} was ended");
+    }
+}
