@@ -3,7 +3,9 @@
 set shell := ["bash", "-euo", "pipefail", "-c"]
 
 cache := env("XDG_CACHE_HOME", home_directory() / ".cache") / "atoll"
-export CARGO_TARGET_DIR := env("CARGO_TARGET_DIR", cache / "target")
+# One for each checkout: cargo takes what another one built for its own, by the times of its files.
+checkout := replace_regex(sha256(justfile_directory()), '^(.{16}).*$', '$1')
+export CARGO_TARGET_DIR := env("CARGO_TARGET_DIR", cache / "target" / checkout)
 export ATOLL_ROOT := justfile_directory()
 lab := CARGO_TARGET_DIR / "debug/lab"
 

@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 readonly version=0.13.2
-readonly work=${CARGO_TARGET_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/atoll/target}/fuzz
+readonly work=${CARGO_TARGET_DIR:-$PWD/../target}/fuzz
 keep=no
 if [ "${1:-}" = --keep ]; then
     keep=yes

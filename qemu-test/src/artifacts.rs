@@ -97,9 +97,9 @@ impl Artifacts {
         self.out().join("bin").join(name)
     }
 
-    /// Cargo's target directory: the one that its own variable names, as everywhere, else one in the cache.
+    /// Cargo's target directory: the one that its own variable names (the justfile sets it), else cargo's own choice.
     fn target(&self) -> PathBuf {
-        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| self.cache.join("target"), PathBuf::from)
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| self.root.join("target"), PathBuf::from)
     }
 
     fn supervisor_hash(&self) -> anyhow::Result<String> {
