@@ -6,8 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-/// Interval at which waits look again.
+/// Interval at which waits look again, at first.
 pub const POLL: Duration = Duration::from_millis(50);
+/// The same when it has taken a while: a probe is often a kubectl, which costs the processor that is waited for.
+const LONGEST_POLL: Duration = Duration::from_millis(500);
 
 /// A child in the background, killed when dropped.
 #[derive(Debug)]
@@ -140,6 +142,7 @@ pub fn wait_for<T>(
     mut probe: impl FnMut() -> anyhow::Result<Option<T>>,
 ) -> anyhow::Result<T> {
     let started = Instant::now();
+    let mut pause = POLL;
     loop {
         if let Some(value) = probe()? {
             return Ok(value);
@@ -147,7 +150,8 @@ pub fn wait_for<T>(
         if started.elapsed() >= deadline {
             bail!("waited {} s for {what}", deadline.as_secs());
         }
-        std::thread::sleep(POLL);
+        std::thread::sleep(pause);
+        pause = (pause * 5 / 4).min(LONGEST_POLL);
     }
 }
 
