@@ -7,6 +7,7 @@
 
 pub mod artifacts;
 pub mod disk;
+pub mod faults;
 pub mod inspect;
 pub mod lab;
 pub mod machine;
