@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
 /// Programs that run at once.
-const AT_ONCE: usize = 3;
+const AT_ONCE: usize = 2;
 /// Tests that run at once in each: more than there are processors, for they wait.
 const THREADS: &str = "6";
 

@@ -11,6 +11,10 @@ use fake::{Client, Fixture};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
+use tokio::sync::RwLock;
+
+/// Held by each test; alone by those that measure this process, in which all of them run.
+static PROCESS: RwLock<()> = RwLock::const_new(());
 
 /// Two pods with a running container each: the hostile one's sandbox, and container and sandbox of the other.
 async fn two_pods(client: &mut Client) -> (String, String, String) {
@@ -43,6 +47,7 @@ async fn works(client: &mut Client, container: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_cannot_end_the_container_of_another_pod() {
+    let _beside = PROCESS.read().await;
     let fixture = Fixture::new().await;
     let mut client = fixture.client().await;
     let (hostile, _, container) = two_pods(&mut client).await;
@@ -65,6 +70,7 @@ async fn a_guest_cannot_end_the_container_of_another_pod() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flood_of_events_is_held_back_and_hurts_no_other_pod() {
+    let _alone = PROCESS.write().await;
     let fixture = Fixture::new().await;
     let mut client = fixture.client().await;
     let (hostile, other, container) = two_pods(&mut client).await;
@@ -98,6 +104,7 @@ fn descriptors() -> usize {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_that_say_nothing_are_bounded_and_hurt_no_other_pod() {
+    let _beside = PROCESS.read().await;
     let fixture = Fixture::new().await;
     let mut client = fixture.client().await;
     let (hostile, _, container) = two_pods(&mut client).await;
@@ -118,6 +125,7 @@ async fn connections_that_say_nothing_are_bounded_and_hurt_no_other_pod() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn frames_too_large_or_unreadable_end_the_connection_and_nothing_else() {
+    let _beside = PROCESS.read().await;
     let fixture = Fixture::new().await;
     let mut client = fixture.client().await;
     let (hostile, _, container) = two_pods(&mut client).await;
@@ -132,6 +140,7 @@ async fn frames_too_large_or_unreadable_end_the_connection_and_nothing_else() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_does_not_end_its_container_loses_its_machine() {
+    let _beside = PROCESS.read().await;
     let fixture = Fixture::new().await;
     let mut client = fixture.client().await;
     let (sandbox, other, witness) = two_pods(&mut client).await;
@@ -172,18 +181,21 @@ async fn launch_fails(broken: &'static str) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_never_calls_is_given_up_with_a_reason() {
+    let _beside = PROCESS.read().await;
     let why = launch_fails("silent").await;
     assert!(why.contains("it did not call the runtime within 3 s"), "{why}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_never_answers_is_given_up_with_a_reason() {
+    let _beside = PROCESS.read().await;
     let why = launch_fails("mute").await;
     assert!(why.contains("it called the runtime and did not answer it within 3 s"), "{why}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_hundred_execs_in_a_row_leak_nothing() {
+    let _alone = PROCESS.write().await;
     let fixture = Fixture::new().await;
     let mut client = fixture.client().await;
     let (_, _, container) = two_pods(&mut client).await;
@@ -205,6 +217,7 @@ async fn two_hundred_execs_in_a_row_leak_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_exec_into_a_dead_container_is_refused_with_a_reason() {
+    let _beside = PROCESS.read().await;
     let fixture = Fixture::new().await;
     let mut client = fixture.client().await;
     let sandbox = client.sandbox("dead").await;
@@ -219,6 +232,7 @@ async fn an_exec_into_a_dead_container_is_refused_with_a_reason() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn output_without_a_line_end_is_cut_and_takes_no_memory() {
+    let _alone = PROCESS.write().await;
     let fixture = Fixture::new().await;
     let mut client = fixture.client().await;
     let sandbox = client.sandbox("spew").await;
