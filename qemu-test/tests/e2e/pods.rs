@@ -82,9 +82,9 @@ impl Watch {
             ".lastState.terminated.reason",
             ".lastState.terminated.exitCode",
         ];
-        let fields: String = fields.map(|field| format!("|{{{field}}}")).concat();
-        let format =
-            format!("jsonpath={{range .status.containerStatuses[*]}}shown{fields}{{end}}{{\"\\n\"}}");
+        // No {range}: kubectl prints that for the first object of a watch only.
+        let fields = fields.map(|field| format!("|{{.status.containerStatuses[*]{field}}}")).concat();
+        let format = format!("jsonpath=shown{fields}{{\"\\n\"}}");
         let selector = format!("metadata.name={pod}");
         let mut command = lab.supervisor.kubectl_command(&["get", "pods", "--field-selector", &selector]);
         let output = lab.directory().join(format!("watch-{pod}.log"));
@@ -98,8 +98,10 @@ impl Watch {
         self.kubectl.check_alive()?;
         let text = std::fs::read_to_string(&self.output)?;
         let whole = text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
-        let mut shown: Vec<String> =
-            whole.filter_map(|line| line.strip_prefix("shown|")).map(Self::state).collect();
+        let shown = whole.filter_map(|line| line.strip_prefix("shown|"));
+        // Nothing in any field: nothing is said of the container yet.
+        let shown = shown.filter(|fields| fields.chars().any(|letter| letter != '|'));
+        let mut shown: Vec<String> = shown.map(Self::state).collect();
         shown.dedup();
         Ok(shown)
     }
