@@ -1,6 +1,6 @@
 //! Containers that misbehave harm themselves only, and leave nothing.
 
-use crate::shared::{POD, Pod, Shared, apply_pod, long, ready_lab, shell_pod};
+use crate::shared::{POD, Pod, Shared, alone, apply_pod, long, ready_lab, shell_pod};
 use anyhow::{Context, bail, ensure};
 use atoll_qemu_test::inspect::{Inventory, Process};
 use atoll_qemu_test::lab::BUSYBOX;
@@ -17,7 +17,8 @@ fn container_that_ignores_sigterm_is_killed_after_its_grace() -> anyhow::Result<
 
 #[test]
 fn container_that_forks_without_end_meets_its_limit_and_harms_itself_alone() -> anyhow::Result<()> {
-    let lab = &ready_lab();
+    // Alone, so that it takes processors from nobody who is timed.
+    let lab = &alone();
     // Each child lives on and forks again. The first process needs no other one.
     let script = "bomb() { bomb & bomb & sleep 1000; }; echo lit; bomb & exec sleep 1000000";
     let pod = shell_pod(lab, "forks", script, "Never")?;
@@ -121,7 +122,8 @@ fn processor(lab: &Shared, pod: &str) -> anyhow::Result<(u64, u64)> {
 
 #[test]
 fn guest_that_floods_its_devices_pays_for_it_and_harms_itself_alone() -> anyhow::Result<()> {
-    let lab = &ready_lab();
+    // Alone, so that it takes processors from nobody who is timed.
+    let lab = &alone();
     // Each write of 512 bytes past the page cache, and each packet, is a notification of a virtqueue.
     let script = "echo flood; for n in 1 2 3; do (while true; do \
                   dd if=/dev/zero of=/f$n bs=512 count=20000 oflag=direct 2>/dev/null; done) & done; \
@@ -217,7 +219,7 @@ fn client_that_disappears_from_its_exec_leaves_no_process() -> anyhow::Result<()
 
 #[test]
 fn many_execs_in_a_row_leak_nothing() -> anyhow::Result<()> {
-    let lab = &crate::shared::alone();
+    let lab = &alone();
     let pod = shell_pod(lab, "execs", "sleep 1000000", "Never")?;
     pod.wait_phase("Running")?;
     let host = lab.inspector();
