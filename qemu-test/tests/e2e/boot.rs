@@ -11,7 +11,7 @@ const INDEX: usize = 1;
 
 #[test]
 fn release_host_joins_reboots_and_powers_off_cleanly() -> anyhow::Result<()> {
-    let (_turn, artifacts, lab) = own_host();
+    let (_turn, artifacts, lab) = own_host(INDEX);
     let mut host = lab.boot_host(artifacts, Profile::Release, INDEX)?;
     lab.wait_ready(&mut host, INDEX)?;
 

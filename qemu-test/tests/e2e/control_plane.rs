@@ -186,7 +186,7 @@ fn off_host() -> anyhow::Result<&'static OffHost> {
     static SEEN: OnceLock<Result<OffHost, String>> = OnceLock::new();
     own::story(&SEEN, || {
         if !long() {
-            let (_turn, artifacts, lab) = own_host();
+            let (_turn, artifacts, lab) = own_host(INDEX);
             return switch_off_and_on(artifacts, lab);
         }
         let alone = alone();

@@ -20,7 +20,7 @@ struct Story {
 }
 
 fn go_through() -> anyhow::Result<Story> {
-    let (_turn, artifacts, lab) = own_host();
+    let (_turn, artifacts, lab) = own_host(INDEX);
     let mut spec = lab.machine_spec(artifacts, Profile::Release, INDEX, None);
     spec.memory_mib = 1536;
     spec.hardware.date = Some("2020-01-01");
@@ -103,7 +103,7 @@ fn power_button_pressed_twice_waits_for_nobody() -> anyhow::Result<()> {
 
 #[test]
 fn no_kvm_makes_the_node_not_ready_with_reason_and_remedy_and_nothing_crashes() -> anyhow::Result<()> {
-    let (_turn, artifacts, lab) = own_host();
+    let (_turn, artifacts, lab) = own_host(INDEX);
     let mut spec = lab.machine_spec(artifacts, Profile::Release, INDEX, Some(lab.machine_config(INDEX)?));
     spec.memory_mib = 1536;
     spec.hardware.virtualisation = false;

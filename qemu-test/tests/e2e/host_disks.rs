@@ -45,7 +45,7 @@ fn boot_again(mut machine: Machine, config: Option<String>) -> anyhow::Result<(M
 }
 
 fn go_through() -> anyhow::Result<Story> {
-    let (_turn, artifacts, lab) = own_host();
+    let (_turn, artifacts, lab) = own_host(INDEX);
     let node = node_name(INDEX);
     let mut spec = lab.machine_spec(artifacts, Profile::Test, INDEX, Some(lab.machine_config(INDEX)?));
     spec.memory_mib = 2048;

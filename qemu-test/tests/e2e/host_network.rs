@@ -44,7 +44,7 @@ fn dead_dns() -> String {
 }
 
 fn boot() -> anyhow::Result<Host> {
-    let (_turn, artifacts, lab) = own_host();
+    let (_turn, artifacts, lab) = own_host(INDEX);
     lab.network.isolate(INDEX, true)?;
     offer(lab, None, &[&dead_dns()])?;
     let mut spec = lab.machine_spec(artifacts, Profile::Test, INDEX, Some(lab.machine_config(INDEX)?));
@@ -80,7 +80,7 @@ fn host() -> InTurn {
     match HOST.get_or_init(|| boot().map(Mutex::new).map_err(|error| format!("{error:#}"))) {
         Ok(host) => {
             let host = host.lock().unwrap_or_else(PoisonError::into_inner);
-            InTurn { host, _turn: own_host().0 }
+            InTurn { host, _turn: own_host(INDEX).0 }
         }
         Err(error) => panic!("the host did not come up: {error}"),
     }

@@ -11,7 +11,7 @@ const LINE: Duration = Duration::from_secs(240);
 
 /// Boots a host with this config, waits for a line on its console, and checks that it never became a node.
 fn console_says(change: impl Fn(&str) -> String, needle: &str, words: &[&str]) -> anyhow::Result<()> {
-    let (_turn, artifacts, lab) = own_host();
+    let (_turn, artifacts, lab) = own_host(INDEX);
     let config = change(&lab.machine_config(INDEX)?);
     let mut spec = lab.machine_spec(artifacts, Profile::Release, INDEX, Some(config));
     spec.memory_mib = 1536;
@@ -72,7 +72,7 @@ fn with_token(config: &str, token: &str) -> String {
 
 #[test]
 fn expired_token_is_named() -> anyhow::Result<()> {
-    let (_turn, _, lab) = own_host();
+    let (_turn, _, lab) = own_host(INDEX);
     let supervisor = &lab.supervisor;
     let token = supervisor.create_token("1s")?;
     let id = token.split('.').next().unwrap_or_default().to_owned();
@@ -91,7 +91,7 @@ fn expired_token_is_named() -> anyhow::Result<()> {
 
 #[test]
 fn revoked_token_is_named() -> anyhow::Result<()> {
-    let (_turn, _, lab) = own_host();
+    let (_turn, _, lab) = own_host(INDEX);
     let supervisor = &lab.supervisor;
     let token = supervisor.create_token("1h")?;
     supervisor.delete_token(&token)?;

@@ -14,9 +14,9 @@ pub const LINE: Duration = Duration::from_secs(180);
 /// Deadline of a shutdown.
 const OFF: Duration = Duration::from_secs(120);
 
-/// The turn of a test that boots hosts of its own, and the lab.
-pub fn own_host() -> (Arc<Turn>, &'static Artifacts, &'static Lab) {
-    let turn = turns::take(Use::OwnHost);
+/// The turn of a test that boots host `index`, and the lab.
+pub fn own_host(index: usize) -> (Arc<Turn>, &'static Artifacts, &'static Lab) {
+    let turn = turns::take(Use::OwnHost(index));
     let (artifacts, lab) = crate::shared::lab();
     (turn, artifacts, lab)
 }

@@ -142,7 +142,7 @@ fn host_boot_id(host: &Inspector) -> anyhow::Result<String> {
 
 #[test]
 fn power_cuts_at_random_moments_lose_nothing() -> anyhow::Result<()> {
-    let (_turn, artifacts, lab) = own_host();
+    let (_turn, artifacts, lab) = own_host(INDEX);
     let cuts = if long() { 50 } else { 3 };
     let seed = std::env::var("ATOLL_SEED")
         .ok()

@@ -17,8 +17,8 @@ const SHARED_AT_ONCE: usize = 3;
 /// What a test does with the lab.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Use {
-    /// Boots hosts of its own.
-    OwnHost,
+    /// Boots a host of its own, by its index: one tap, one directory, so one test at a time.
+    OwnHost(usize),
     /// Uses the shared host beside others.
     SharedHost,
     /// Harms the shared host, or measures it.
@@ -29,7 +29,7 @@ pub enum Use {
 
 #[derive(Debug)]
 struct Now {
-    own: usize,
+    own: Vec<usize>,
     shared: usize,
     shared_alone: bool,
     lab: bool,
@@ -40,18 +40,19 @@ impl Now {
         let host_is_free = self.shared == 0 && !self.shared_alone;
         !self.lab
             && match wanted {
-                Use::OwnHost => self.own < OWN_AT_ONCE,
+                Use::OwnHost(index) => self.own.len() < OWN_AT_ONCE && !self.own.contains(&index),
                 Use::SharedHost => !self.shared_alone && self.shared < SHARED_AT_ONCE,
                 Use::SharedHostAlone => host_is_free,
-                Use::Lab => host_is_free && self.own == 0,
+                Use::Lab => host_is_free && self.own.is_empty(),
             }
     }
 
     fn change(&mut self, wanted: Use, begins: bool) {
-        let count = |number: &mut usize| if begins { *number += 1 } else { *number -= 1 };
         match wanted {
-            Use::OwnHost => count(&mut self.own),
-            Use::SharedHost => count(&mut self.shared),
+            Use::OwnHost(index) if begins => self.own.push(index),
+            Use::OwnHost(index) => self.own.retain(|own| *own != index),
+            Use::SharedHost if begins => self.shared += 1,
+            Use::SharedHost => self.shared -= 1,
             Use::SharedHostAlone => self.shared_alone = begins,
             Use::Lab => (self.lab, self.shared_alone) = (begins, begins),
         }
@@ -59,7 +60,7 @@ impl Now {
 }
 
 static NOW: (Mutex<Now>, Condvar) =
-    (Mutex::new(Now { own: 0, shared: 0, shared_alone: false, lab: false }), Condvar::new());
+    (Mutex::new(Now { own: Vec::new(), shared: 0, shared_alone: false, lab: false }), Condvar::new());
 
 fn now() -> MutexGuard<'static, Now> {
     NOW.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -93,7 +94,7 @@ pub fn take(wanted: Use) -> Arc<Turn> {
 impl Turn {
     /// After a test that used the shared host there must be nothing in it that belongs to nobody.
     fn nothing_leaked(&self) -> anyhow::Result<()> {
-        if self.0 == Use::OwnHost || std::thread::panicking() {
+        if matches!(self.0, Use::OwnHost(_)) || std::thread::panicking() {
             return Ok(());
         }
         Inspector::new(&address(0)).and_then(|host| host.nothing_leaked())

@@ -145,9 +145,7 @@ impl LinuxHost {
     pub fn new(config: &Config) -> Self {
         Self { config: config.clone(), filter: Filter::new(&config.nft), keeper: Mutex::default() }
     }
-}
 
-impl LinuxHost {
     /// Holds a virtual machine from now on ([`Keeper`]). Without it pods run all the same.
     pub fn hold_machine(&self) {
         let mut keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner);
