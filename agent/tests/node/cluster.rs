@@ -405,7 +405,10 @@ impl Cluster {
         if parts.method == Method::GET && parts.uri.query().is_some_and(|query| query.contains("watch=")) {
             return self.watch(parts.uri.query().unwrap_or_default());
         }
-        let body = body.collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+        // An agent killed between the headers and the body of a request asked for nothing.
+        let Ok(body) = body.collect().await.map(|body| body.to_bytes()) else {
+            return failure(StatusCode::BAD_REQUEST, "the body is cut off");
+        };
         let sent: Value = serde_json::from_slice(&body).unwrap_or_default();
         let answer = self.handle(&parts.method, &path, sent);
         self.tell();
