@@ -175,7 +175,7 @@ impl Suite {
         Ok(())
     }
 
-    /// Whether the emulation crashed a host or a guest while tests failed: then nobody knows what they would have said.
+    /// Whether the emulation crashed a host while tests failed: then nobody knows what they would have said.
     fn was_the_emulation(&self) -> anyhow::Result<bool> {
         let lab = self.artifacts.out().join("e2e");
         let faults = faults::of_the_emulation(&lab)?;
