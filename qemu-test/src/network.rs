@@ -14,7 +14,7 @@ use std::time::Duration;
 /// Address of the bridge: Supervisor, registry, DNS, DHCP and time are all here.
 pub const SERVER: &str = "10.77.0.1";
 /// Most machines of a lab.
-pub const MACHINES: usize = 8;
+pub const MACHINES: usize = 9;
 
 /// Files that dnsmasq reads.
 const HOSTS: &str = "dhcp-hosts";

@@ -139,13 +139,23 @@ pub struct Memory {
     pub not_before: BTreeMap<String, Timestamp>,
     /// Sandbox creation: not again before this time.
     pub sandbox_not_before: Option<Timestamp>,
+    /// Back-off of sandboxes that were lost, under [`LOST`].
+    losses: Backoff,
     /// Probe results by container id.
     pub probed: BTreeMap<String, Probed>,
     /// What is under way.
     pub busy: BTreeSet<Target>,
 }
 
+/// The one name in a pod's back-off of lost sandboxes.
+const LOST: &str = "sandbox";
+
 impl Memory {
+    /// A sandbox that was lost is being replaced.
+    pub fn sandbox_replaced(&mut self, now: Timestamp) {
+        self.losses.tried(LOST, now, now);
+    }
+
     /// A clock that is set back makes waits longer: none is left longer than it can have been made, `start` for a
     /// container and `sandbox` for a sandbox.
     pub fn bound_waits(&mut self, start: Duration, sandbox: Duration, now: Timestamp) {
@@ -192,10 +202,7 @@ pub enum Verdict {
 
 /// Whether the pod's containers have brought it to its end.
 pub fn verdict(desired: &Desired, actual: &Actual) -> Verdict {
-    let ended = |c: &Container| match actual.current(&c.name) {
-        Some(ran) if ran.state == State::Exited => !c.restarts_after(ran.exit_code),
-        _ => false,
-    };
+    let ended = |c: &Container| actual.current(&c.name).is_some_and(|ran| ended_for_good(c, ran));
     let init_failed = !started_mains(desired, actual)
         && desired.of_role(Role::Init).any(|c| {
             actual.current(&c.name).is_some_and(|r| r.state == State::Exited && r.exit_code != 0) && ended(c)
@@ -205,6 +212,10 @@ pub fn verdict(desired: &Desired, actual: &Actual) -> Verdict {
 
 fn started_mains(desired: &Desired, actual: &Actual) -> bool {
     desired.of_role(Role::Main).any(|c| actual.current(&c.name).is_some_and(|r| r.state != State::Created))
+}
+
+fn ended_for_good(container: &Container, ran: &Ran) -> bool {
+    ran.state == State::Exited && !container.restarts_after(ran.exit_code)
 }
 
 /// What to do for a pod that is to run.
@@ -245,11 +256,13 @@ fn new_sandbox(plan: &mut Plan, actual: &Actual, memory: &Memory, desired: &Desi
         }
         return;
     }
-    if let Some(until) = memory.sandbox_not_before.filter(|until| *until > now) {
+    let before = actual.sandboxes.first();
+    let lost = before.and_then(|s| memory.losses.until(LOST, super::actual::timestamp(s.created), now));
+    if let Some(until) = memory.sandbox_not_before.filter(|until| *until > now).max(lost) {
         plan.wake_at(until);
         return;
     }
-    let attempt = actual.sandboxes.first().map_or(0, |s| s.attempt + 1);
+    let attempt = before.map_or(0, |s| s.attempt + 1);
     plan.give(memory, Action::CreateSandbox { attempt });
 }
 
@@ -285,9 +298,7 @@ impl Starts<'_> {
             }
             let done = match self.here(container) {
                 Some(ran) if ran.state == State::Exited && ran.exit_code == 0 => true,
-                Some(ran) if ran.state == State::Exited && !container.restarts_after(ran.exit_code) => {
-                    return false;
-                }
+                Some(ran) if ended_for_good(container, ran) => return false,
                 _ => false,
             };
             if !done {
@@ -301,8 +312,12 @@ impl Starts<'_> {
     /// Starts it when it does not run, kills it when it must be replaced. Answers whether it runs and has started.
     fn keep_running(&mut self, container: &Container) -> bool {
         let Some(ran) = self.here(container).cloned() else {
-            let restarts = self.actual.current(&container.name).map_or(0, |r| r.restarts + 1);
-            self.start(container, restarts);
+            match self.actual.current(&container.name).cloned() {
+                Some(before) if container.role == Role::Main && ended_for_good(container, &before) => {}
+                // It may have been what ended its sandbox.
+                Some(before) if !before.sandbox.is_empty() => self.restart(container, &before),
+                before => self.start(container, before.map_or(0, |before| before.restarts + 1)),
+            }
             return false;
         };
         match ran.state {

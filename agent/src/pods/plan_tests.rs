@@ -154,6 +154,60 @@ fn a_lost_sandbox_is_replaced_once_its_containers_have_ended() {
 }
 
 #[test]
+fn a_container_that_takes_its_sandbox_with_it_waits_for_its_back_off() {
+    let desired = pod("{containers: [{name: a, image: i}]}");
+    let again = Actual::new(vec![sandbox(1, true), sandbox(0, false)], vec![ran("a", 1, State::Exited, 137)]);
+    let mut memory = Memory::default();
+    // Ended at second 111.
+    memory.crashes.tried("a", at(100), at(100));
+    let plan = run(&desired, &again, &memory, at(115));
+    assert!(plan.actions.is_empty());
+    assert_eq!((plan.wake, plan.waiting["a"].reason.as_str()), (Some(at(121)), "CrashLoopBackOff"));
+    let plan = run(&desired, &again, &memory, at(121));
+    assert_eq!(plan.actions.iter().map(show).collect::<Vec<_>>(), ["start a 2 in s1"]);
+}
+
+#[test]
+fn what_succeeded_is_not_run_again_in_a_new_sandbox_unless_it_comes_before_the_rest() {
+    let desired = pod(
+        "{restartPolicy: OnFailure, initContainers: [{name: i, image: i}],
+          containers: [{name: a, image: i}, {name: b, image: i}]}",
+    );
+    let sandboxes = vec![sandbox(1, true), sandbox(0, false)];
+    let mut ended = vec![
+        ran("i", 0, State::Exited, 0),
+        ran("a", 0, State::Exited, 0),
+        ran("b", 0, State::Exited, 137),
+    ];
+    let again = |ended: &[Ran]| step(&desired, &Actual::new(sandboxes.clone(), ended.to_vec()));
+    assert_eq!(again(&ended), ["start i 1 in s1"]);
+    let mut anew = ran("i", 1, State::Exited, 0);
+    anew.sandbox = "s1".into();
+    ended.insert(0, anew);
+    assert_eq!(again(&ended), ["start b 1 in s1"]);
+}
+
+#[test]
+fn a_sandbox_lost_again_and_again_is_replaced_later_each_time() {
+    let desired = pod("{containers: [{name: a, image: i}]}");
+    let lost_when_made_at = |second: i64| {
+        let mut lost = sandbox(3, false);
+        lost.created = second * 1_000_000_000;
+        Actual::new(vec![lost], vec![])
+    };
+    let mut memory = Memory::default();
+    assert_eq!(run(&desired, &lost_when_made_at(100), &memory, at(101)).actions.len(), 1, "the first at once");
+    memory.sandbox_replaced(at(101));
+    let plan = run(&desired, &lost_when_made_at(102), &memory, at(104));
+    assert_eq!((plan.actions.len(), plan.wake), (0, Some(at(112))));
+    assert_eq!(run(&desired, &lost_when_made_at(102), &memory, at(112)).actions.len(), 1);
+    memory.sandbox_replaced(at(112));
+    assert_eq!(run(&desired, &lost_when_made_at(113), &memory, at(114)).wake, Some(at(133)));
+    // One that lived longer than that is replaced at once.
+    assert_eq!(run(&desired, &lost_when_made_at(113), &memory, at(133)).actions.len(), 1);
+}
+
+#[test]
 fn probes_and_changes_kill() {
     let desired = pod("{containers: [{name: a, image: i}]}");
     let mut changed = ran("a", 0, State::Running, 0);

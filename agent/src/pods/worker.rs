@@ -291,6 +291,7 @@ impl Worker {
         let task = match action {
             Action::CreateSandbox { attempt } => {
                 if attempt > 0 {
+                    self.memory.sandbox_replaced(now);
                     let message = "Pod sandbox changed, it will be killed and re-created.";
                     let object = pod_reference(&desired.pod, None);
                     ctx.events.record(object, Severity::Normal, "SandboxChanged", message);
