@@ -169,16 +169,11 @@ fn a_container_that_takes_its_sandbox_with_it_waits_for_its_back_off() {
 
 #[test]
 fn what_succeeded_is_not_run_again_in_a_new_sandbox_unless_it_comes_before_the_rest() {
-    let desired = pod(
-        "{restartPolicy: OnFailure, initContainers: [{name: i, image: i}],
-          containers: [{name: a, image: i}, {name: b, image: i}]}",
-    );
+    let desired = pod("{restartPolicy: OnFailure, initContainers: [{name: i, image: i}],
+          containers: [{name: a, image: i}, {name: b, image: i}]}");
     let sandboxes = vec![sandbox(1, true), sandbox(0, false)];
-    let mut ended = vec![
-        ran("i", 0, State::Exited, 0),
-        ran("a", 0, State::Exited, 0),
-        ran("b", 0, State::Exited, 137),
-    ];
+    let mut ended =
+        vec![ran("i", 0, State::Exited, 0), ran("a", 0, State::Exited, 0), ran("b", 0, State::Exited, 137)];
     let again = |ended: &[Ran]| step(&desired, &Actual::new(sandboxes.clone(), ended.to_vec()));
     assert_eq!(again(&ended), ["start i 1 in s1"]);
     let mut anew = ran("i", 1, State::Exited, 0);
@@ -196,7 +191,11 @@ fn a_sandbox_lost_again_and_again_is_replaced_later_each_time() {
         Actual::new(vec![lost], vec![])
     };
     let mut memory = Memory::default();
-    assert_eq!(run(&desired, &lost_when_made_at(100), &memory, at(101)).actions.len(), 1, "the first at once");
+    assert_eq!(
+        run(&desired, &lost_when_made_at(100), &memory, at(101)).actions.len(),
+        1,
+        "the first at once"
+    );
     memory.sandbox_replaced(at(101));
     let plan = run(&desired, &lost_when_made_at(102), &memory, at(104));
     assert_eq!((plan.actions.len(), plan.wake), (0, Some(at(112))));

@@ -18,6 +18,11 @@ pub struct Ending {
 }
 
 impl Ending {
+    /// Of a process that runs; `wake` is an eventfd of its own.
+    pub(crate) fn of(wake: OwnedFd) -> Self {
+        Self { code: OnceLock::new(), wake }
+    }
+
     /// Exit status, or 128 + signal; `None` while it runs.
     pub fn code(&self) -> Option<i32> {
         self.code.get().copied()
@@ -54,7 +59,7 @@ impl Processes {
         let pid = spawn()?;
         // Not reaped yet, so it exists, even if it has ended.
         let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
-        let ending = Arc::new(Ending { code: OnceLock::new(), wake });
+        let ending = Arc::new(Ending::of(wake));
         table.insert(pid, Arc::clone(&ending));
         Ok((pid, pidfd, ending))
     }

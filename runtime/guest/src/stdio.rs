@@ -230,14 +230,7 @@ impl<'a> Mover<'a> {
                 if inbox.closed && self.ending.code().is_some() {
                     return self.told(&mut on_exit);
                 }
-                if let Some(stream) = inbox.stream.take() {
-                    self.adopt(stream);
-                }
-                if let Some((number, counts)) = inbox.acknowledged.take()
-                    && number == self.number
-                {
-                    self.kept.acknowledge(counts);
-                }
+                self.take_mail(&mut inbox);
             }
             self.told(&mut on_exit);
             self.refill();
@@ -252,6 +245,24 @@ impl<'a> Mover<'a> {
                     return;
                 }
             }
+        }
+    }
+
+    fn take_mail(&mut self, inbox: &mut Inbox) {
+        let acknowledged = inbox.acknowledged.take();
+        // It may be of the stream that is being replaced, and then the new one must not begin with what it covers.
+        self.forget(acknowledged);
+        if let Some(stream) = inbox.stream.take() {
+            self.adopt(stream);
+            self.forget(acknowledged);
+        }
+    }
+
+    fn forget(&mut self, acknowledged: Option<(u64, Counts)>) {
+        if let Some((number, counts)) = acknowledged
+            && number == self.number
+        {
+            self.kept.acknowledge(counts);
         }
     }
 
@@ -487,4 +498,28 @@ fn resize(terminal: Option<&OwnedFd>, payload: &[u8]) {
     };
     // The terminal may have been hung up: then its size matters to nobody.
     let _ = tcsetwinsize(terminal.as_fd(), size);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stream(number: u64) -> Stream {
+        Stream { connection: Connection::pair().unwrap().0, number }
+    }
+
+    #[test]
+    fn what_was_acknowledged_just_before_a_new_stream_came_is_not_said_again() {
+        let ending = Ending::of(eventfd(0, EventfdFlags::CLOEXEC).unwrap());
+        let mut mover = Mover::new(Role::Container, Ports::default(), &ending);
+        mover.take_mail(&mut Inbox { stream: Some(stream(1)), ..Inbox::default() });
+        mover.kept.keep(Channel::Stdout, b"first\nsecond\n");
+        let first = Some((1, Counts { stdout: 6, stderr: 0 }));
+        mover.take_mail(&mut Inbox { stream: Some(stream(2)), acknowledged: first, ..Inbox::default() });
+        assert_eq!(mover.replay, [packet(Channel::Stdout, b"second\n")]);
+        // And of the new one what came right after it.
+        let second = Some((3, Counts { stdout: 7, stderr: 0 }));
+        mover.take_mail(&mut Inbox { stream: Some(stream(3)), acknowledged: second, ..Inbox::default() });
+        assert_eq!(mover.kept.len(), 0);
+    }
 }
