@@ -57,10 +57,11 @@ check: (_tool "suite")
 e2e *filter: (_tool "suite")
     @{{ CARGO_TARGET_DIR }}/debug/suite e2e "$@"
 
-# The long forms of the tests: 50 power cuts, rounds of 40 pods, every process stopped at every step (hours)
+# The long forms of the tests: 50 power cuts, rounds of 40 pods, every process at every step, an hour of fuzzing (hours)
 [positional-arguments]
 soak *filter: (_tool "suite")
     @{{ CARGO_TARGET_DIR }}/debug/suite soak "$@"
+    @if [ $# -eq 0 ]; then fuzz/soak.sh 200; fi
 
 # Fuzz every target, or those named, for this many seconds each (needs nightly Rust)
 [positional-arguments]
