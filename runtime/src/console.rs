@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::logs::{Finished, LogWriter, Source, Written};
 use crate::vm::guest::GuestLink;
 use crate::vm::wire::{self, GuestStream};
-use atoll_spec::guest::{Call, Channel, OUTPUT_WINDOW};
+use atoll_spec::guest::{Call, Channel, GuestErrorKind, OUTPUT_WINDOW, Reply};
 use atoll_spec::ids::ContainerId;
 use bytes::Bytes;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,6 +23,8 @@ const SLOW_DEADLINE: Duration = Duration::from_secs(10);
 const RECEIPT_BYTES: u64 = OUTPUT_WINDOW as u64 / 4;
 /// How long less than that may wait.
 const RECEIPT_PAUSE: Duration = Duration::from_millis(100);
+/// Pause before a receipt that failed is sent again.
+const RECEIPT_RETRY: Duration = Duration::from_secs(1);
 /// Time for a receipt.
 const RECEIPT_DEADLINE: Duration = Duration::from_secs(20);
 
@@ -54,27 +56,38 @@ impl Receipts {
     /// Acknowledges what is in the log until no more comes.
     async fn send(self, mut written: watch::Receiver<Written>) {
         let mut sent = Written::default();
-        loop {
-            let mut open = written.changed().await.is_ok();
+        let mut open = true;
+        while open {
+            open = written.changed().await.is_ok();
             if open {
                 // Many lines, one receipt. Waiting longer than this gains little.
                 let enough = written.wait_for(|now| now.total() - sent.total() >= RECEIPT_BYTES);
                 open = !matches!(tokio::time::timeout(RECEIPT_PAUSE, enough).await, Ok(Err(_)));
             }
-            let now = *written.borrow_and_update();
-            if now != sent {
-                let Written { stdout, stderr } = now;
-                let (container, stream) = (self.container.clone(), self.stream);
-                let call = Call::AckOutput { container, stream, stdout, stderr };
-                // Without it the guest keeps the output for longer, or for ever when it is gone.
-                if self.link.call(call, RECEIPT_DEADLINE).await.is_ok() {
-                    sent = now;
+            loop {
+                let now = *written.borrow_and_update();
+                if now == sent {
+                    break;
+                }
+                match self.acknowledge(now).await {
+                    Ok(_) => {
+                        sent = now;
+                        break;
+                    }
+                    // The container is gone, or the VM is.
+                    Err(Error::Guest { kind: GuestErrorKind::NotFound, .. }) => return,
+                    Err(_) if self.link.is_closed() => return,
+                    // Once its window is full the guest says no more until it hears of this: nobody else would wake us.
+                    Err(_) => tokio::time::sleep(RECEIPT_RETRY).await,
                 }
             }
-            if !open {
-                return;
-            }
         }
+    }
+
+    async fn acknowledge(&self, now: Written) -> Result<Reply> {
+        let Written { stdout, stderr } = now;
+        let (container, stream) = (self.container.clone(), self.stream);
+        self.link.call(Call::AckOutput { container, stream, stdout, stderr }, RECEIPT_DEADLINE).await
     }
 }
 

@@ -3,7 +3,7 @@
 mod fake;
 
 use atoll_cri::v1::*;
-use fake::{Fixture, IMAGE};
+use fake::{Fault, Fixture, IMAGE};
 use std::time::Duration;
 use tonic::Code;
 
@@ -90,6 +90,8 @@ async fn output_is_acknowledged_once_it_is_in_the_log() {
     let fixture = Fixture::new().await;
     let mut client = fixture.client().await;
     let sandbox = client.sandbox("receipts").await;
+    // The first receipt is lost with its connection, and there is no more output that would bring another.
+    fixture.host.vmm(&sandbox).inject(Fault::Receipt);
     let main = client.run(&sandbox, "main", &["echo", "hello"]).await;
     let log = client.ended(&main).await.log_path;
     assert!(std::fs::read_to_string(log).unwrap().contains("stdout F hello"));
@@ -101,6 +103,7 @@ async fn output_is_acknowledged_once_it_is_in_the_log() {
         }
     };
     tokio::time::timeout(Duration::from_secs(10), all).await.expect("the output was never acknowledged");
+    assert!(!fixture.host.vmm(&sandbox).is_waiting(Fault::Receipt));
 }
 
 #[tokio::test(flavor = "multi_thread")]

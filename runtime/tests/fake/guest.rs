@@ -1,6 +1,6 @@
 //! A guest whose programs are a few words: `echo TEXT`, `exit CODE`, `cat`, `sleep`, `stubborn`, `immortal`, `spew BYTES`, `sizes`.
 
-use super::{Exchange, FakeVmm};
+use super::{Exchange, FakeVmm, Fault};
 use atoll_runtime::vm::wire::{read_frame, read_packet, write_packets};
 use atoll_spec::guest::*;
 use atoll_spec::ids::ContainerId;
@@ -72,7 +72,7 @@ impl Guest {
             let _ = out.send(FromGuest::Event { sequence, event });
         }
         *self.out.lock().unwrap() = Some(out.clone());
-        tokio::spawn(async move {
+        let write = tokio::spawn(async move {
             while let Some(message) = outgoing.recv().await {
                 if send(&mut to, &message).await.is_err() {
                     return;
@@ -80,12 +80,21 @@ impl Guest {
             }
         });
         while let Ok(Some(Request { id, call })) = read_frame::<Request>(&mut from).await {
+            let breaks = match call {
+                Call::AckOutput { .. } => self.vmm.happens(Fault::Receipt),
+                Call::PublishTree { .. } => self.vmm.happens(Fault::Publish),
+                _ => false,
+            };
+            if breaks {
+                break;
+            }
             let (guest, out) = (self.clone(), out.clone());
             tokio::spawn(async move {
                 let result = guest.call(call).await;
                 let _ = out.send(FromGuest::Answer { id, result });
             });
         }
+        write.abort();
     }
 
     async fn stream(&self, number: u64) -> UnixStream {
