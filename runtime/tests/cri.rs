@@ -271,6 +271,12 @@ async fn volumes_are_sent_and_sent_again_and_copied_back() {
     std::os::unix::fs::symlink("..1", tree.join("..data_tmp")).unwrap();
     std::fs::rename(tree.join("..data_tmp"), tree.join("..data")).unwrap();
     tokio::time::timeout(deadline, published(&mut client, 2)).await.expect("not published again");
+    // A change that was on its way when the connection broke.
+    fixture.host.vmm(&sandbox).inject(Fault::Publish);
+    std::os::unix::fs::symlink("..1", tree.join("..data_tmp")).unwrap();
+    std::fs::rename(tree.join("..data_tmp"), tree.join("..data")).unwrap();
+    tokio::time::timeout(2 * deadline, published(&mut client, 3)).await.expect("the change was lost");
+    assert!(!fixture.host.vmm(&sandbox).is_waiting(Fault::Publish));
 
     client.stop_container(&id, 5).await;
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "from the container");
