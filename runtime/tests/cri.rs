@@ -107,6 +107,22 @@ async fn output_is_acknowledged_once_it_is_in_the_log() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_removal_that_fails_changes_nothing_and_can_be_asked_for_again() {
+    let fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let sandbox = client.sandbox("removal").await;
+    let main = client.run(&sandbox, "main", &["exit", "4"]).await;
+    let before = client.ended(&main).await;
+    assert_ne!(before.started_at, 0);
+    fixture.host.vmm(&sandbox).inject(Fault::Remove);
+    let request = RemoveContainerRequest { container_id: main.clone() };
+    assert!(client.runtime.remove_container(request).await.is_err());
+    assert_eq!(client.status(&main).await, before);
+    client.remove_container(&main).await;
+    assert_eq!(fixture.host.containers_of(&sandbox), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn exec_has_a_deadline() {
     let fixture = Fixture::new().await;
     let mut client = fixture.client().await;

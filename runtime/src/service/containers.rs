@@ -289,19 +289,14 @@ impl Owner {
         let sandbox = container.sandbox.clone();
         let failed = result.err().map(|e| e.to_string());
         if let Some(why) = &failed {
+            tracing::warn!(container = %id, why, "cannot remove a container");
             // It can be asked for again.
-            let ended = Ended {
-                code: CODE_START_FAILED,
-                reason: REASON_ERROR.to_owned(),
-                message: why.clone(),
-                finished_ns: unix_ns(),
-            };
-            container.phase = ContainerPhase::Exited { started_ns: 0, ended };
+            self.move_container(id, &ContainerEvent::RemoveFailed);
         } else {
             self.emit(&sandbox, id.as_str(), EventKind::Deleted);
             self.drop_container(id);
+            self.save(&sandbox);
         }
-        self.save(&sandbox);
         for waiter in waiters {
             answer(waiter, failed.clone().map_or(Ok(()), |why| Err(Error::State(why))));
         }

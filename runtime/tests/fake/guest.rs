@@ -122,6 +122,9 @@ impl Guest {
                 c.signal.send_replace(signal);
                 Ok(Reply::Done)
             }),
+            Call::RemoveContainer { .. } if self.vmm.happens(Fault::Remove) => {
+                Err(error(GuestErrorKind::System))
+            }
             Call::RemoveContainer { container } => {
                 let removed = self.state.lock().unwrap().containers.remove(&container);
                 self.vmm.containers.fetch_sub(usize::from(removed.is_some()), SeqCst);
