@@ -123,6 +123,24 @@ async fn a_removal_that_fails_changes_nothing_and_can_be_asked_for_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_start_of_which_nobody_knows_what_became_is_taken_back() {
+    let fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let sandbox = client.sandbox("unsure").await;
+    let main = client.create(&sandbox, "main", &["sleep"]).await;
+    fixture.host.vmm(&sandbox).inject(Fault::Start);
+    // The guest refuses once, as if it were still starting it.
+    fixture.host.vmm(&sandbox).inject(Fault::Remove);
+    let request = StartContainerRequest { container_id: main.clone() };
+    assert!(client.runtime.start_container(request).await.is_err());
+    // The answer comes when the guest no longer has it.
+    assert_eq!(fixture.host.containers_of(&sandbox), 0);
+    let status = client.status(&main).await;
+    assert_eq!((status.exit_code, status.reason.as_str()), (128, "StartError"));
+    client.remove_container(&main).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn exec_has_a_deadline() {
     let fixture = Fixture::new().await;
     let mut client = fixture.client().await;
@@ -206,12 +224,18 @@ async fn pods_survive_a_restart_of_the_runtime() {
     let ended = client.run(&sandbox, "ended", &["exit", "4"]).await;
     client.ended(&ended).await;
     let half = client.run(&sandbox, "half", &["sleep"]).await;
+    let unsure = client.create(&sandbox, "unsure", &["echo", "never"]).await;
 
     fixture.app.take().unwrap().stop().await;
     // As if the runtime had been killed while it removed this one.
     let state = fixture.config.sandboxes().join(&sandbox).join("state.json");
     let mut record: serde_json::Value = serde_json::from_slice(&std::fs::read(&state).unwrap()).unwrap();
     record["containers"].as_array_mut().unwrap().retain(|c| c["id"] != half);
+    // And while it started this one.
+    for container in record["containers"].as_array_mut().unwrap().iter_mut().filter(|c| c["id"] == unsure) {
+        assert_eq!(container["phase"], "created");
+        container["phase"] = "starting".into();
+    }
     std::fs::write(&state, record.to_string()).unwrap();
     let vmm = fixture.host.taken.lock().unwrap().vmms.remove(&dead).unwrap();
     vmm.end(0);
@@ -230,7 +254,9 @@ async fn pods_survive_a_restart_of_the_runtime() {
     };
     tokio::time::timeout(Duration::from_secs(10), gone)
         .await
-        .expect("the half-removed container is still there");
+        .expect("the half-removed container, or the half-started one, is still there");
+    let status = client.ended(&unsure).await;
+    assert_eq!((status.exit_code, status.reason.as_str()), (128, "StartError"));
     assert_eq!(client.exec(&running, &["echo", "still there"], 5).await.unwrap().stdout, b"still there\n");
     client.start(&made).await;
     let status = client.ended(&made).await;

@@ -82,6 +82,7 @@ impl Guest {
         while let Ok(Some(Request { id, call })) = read_frame::<Request>(&mut from).await {
             let breaks = match call {
                 Call::AckOutput { .. } => self.vmm.happens(Fault::Receipt),
+                Call::StartContainer { .. } => self.vmm.happens(Fault::Start),
                 Call::PublishTree { .. } => self.vmm.happens(Fault::Publish),
                 _ => false,
             };

@@ -46,6 +46,8 @@ pub enum Fault {
     Receipt,
     /// Its control connection breaks while a tree is published.
     Publish,
+    /// Its control connection breaks before it starts a container.
+    Start,
     /// It refuses to remove a container.
     Remove,
 }
