@@ -3,6 +3,7 @@
 mod fake;
 
 use atoll_cri::v1::*;
+use atoll_spec::guest::OUTPUT_WINDOW;
 use fake::{Fault, Fixture, IMAGE};
 use std::time::Duration;
 use tonic::Code;
@@ -104,6 +105,20 @@ async fn output_is_acknowledged_once_it_is_in_the_log() {
     };
     tokio::time::timeout(Duration::from_secs(10), all).await.expect("the output was never acknowledged");
     assert!(!fixture.host.vmm(&sandbox).is_waiting(Fault::Receipt));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_receipt_does_not_stop_a_container_that_waits_for_it() {
+    const BYTES: usize = 4 * OUTPUT_WINDOW;
+    let fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let sandbox = client.sandbox("window").await;
+    fixture.host.vmm(&sandbox).inject(Fault::Receipt);
+    let main = client.run(&sandbox, "main", &["flow", &BYTES.to_string()]).await;
+    let log = client.ended(&main).await.log_path;
+    assert!(!fixture.host.vmm(&sandbox).is_waiting(Fault::Receipt));
+    let log = std::fs::read_to_string(log).unwrap();
+    assert_eq!(log.lines().map(|line| line.rsplit(' ').next().unwrap().len()).sum::<usize>(), BYTES);
 }
 
 #[tokio::test(flavor = "multi_thread")]
