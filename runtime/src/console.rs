@@ -2,19 +2,20 @@
 //!
 //! Made when a container starts, and again for running containers after a restart. Invariants: the log gets everything,
 //! attached or not; a session that does not read is dropped after [`SLOW_DEADLINE`] and cannot hold up the container for
-//! longer.
+//! longer; input goes in whole packets, whenever a session ends.
 
 use crate::error::{Error, Result};
 use crate::logs::{Finished, LogWriter, Source, Written};
 use crate::vm::guest::GuestLink;
 use crate::vm::wire::{self, GuestStream};
-use atoll_spec::guest::{Call, Channel, OUTPUT_WINDOW};
+use atoll_spec::guest::{Call, Channel, GuestErrorKind, OUTPUT_WINDOW, Reply};
 use atoll_spec::ids::ContainerId;
 use bytes::Bytes;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::io::{BufReader, ReadHalf, WriteHalf};
+use tokio::io::{AsyncWriteExt, BufReader, ReadHalf, WriteHalf};
 use tokio::sync::{mpsc, watch};
+use tokio::task::AbortHandle;
 
 /// How long a session may leave output unread.
 const SLOW_DEADLINE: Duration = Duration::from_secs(10);
@@ -23,6 +24,8 @@ const SLOW_DEADLINE: Duration = Duration::from_secs(10);
 const RECEIPT_BYTES: u64 = OUTPUT_WINDOW as u64 / 4;
 /// How long less than that may wait.
 const RECEIPT_PAUSE: Duration = Duration::from_millis(100);
+/// Pause before a receipt that failed is sent again.
+const RECEIPT_RETRY: Duration = Duration::from_secs(1);
 /// Time for a receipt.
 const RECEIPT_DEADLINE: Duration = Duration::from_secs(20);
 
@@ -38,7 +41,8 @@ pub enum Output {
     Stderr(Bytes),
 }
 
-type Writer = WriteHalf<GuestStream>;
+/// Packets of input that may wait for a container that does not read.
+const INPUT_PACKETS: usize = 4;
 
 /// Where to acknowledge output, so that the guest need not keep it for the next runtime.
 pub struct Receipts {
@@ -54,27 +58,38 @@ impl Receipts {
     /// Acknowledges what is in the log until no more comes.
     async fn send(self, mut written: watch::Receiver<Written>) {
         let mut sent = Written::default();
-        loop {
-            let mut open = written.changed().await.is_ok();
+        let mut open = true;
+        while open {
+            open = written.changed().await.is_ok();
             if open {
                 // Many lines, one receipt. Waiting longer than this gains little.
                 let enough = written.wait_for(|now| now.total() - sent.total() >= RECEIPT_BYTES);
                 open = !matches!(tokio::time::timeout(RECEIPT_PAUSE, enough).await, Ok(Err(_)));
             }
-            let now = *written.borrow_and_update();
-            if now != sent {
-                let Written { stdout, stderr } = now;
-                let (container, stream) = (self.container.clone(), self.stream);
-                let call = Call::AckOutput { container, stream, stdout, stderr };
-                // Without it the guest keeps the output for longer, or for ever when it is gone.
-                if self.link.call(call, RECEIPT_DEADLINE).await.is_ok() {
-                    sent = now;
+            loop {
+                let now = *written.borrow_and_update();
+                if now == sent {
+                    break;
+                }
+                match self.acknowledge(now).await {
+                    Ok(_) => {
+                        sent = now;
+                        break;
+                    }
+                    // The container is gone, or the VM is.
+                    Err(Error::Guest { kind: GuestErrorKind::NotFound, .. }) => return,
+                    Err(_) if self.link.is_closed() => return,
+                    // Once its window is full the guest says no more until it hears of this: nobody else would wake us.
+                    Err(_) => tokio::time::sleep(RECEIPT_RETRY).await,
                 }
             }
-            if !open {
-                return;
-            }
         }
+    }
+
+    async fn acknowledge(&self, now: Written) -> Result<Reply> {
+        let Written { stdout, stderr } = now;
+        let (container, stream) = (self.container.clone(), self.stream);
+        self.link.call(Call::AckOutput { container, stream, stdout, stderr }, RECEIPT_DEADLINE).await
     }
 }
 
@@ -89,7 +104,8 @@ struct Sink {
 /// The stdio of one container.
 pub struct Console {
     sessions: Mutex<Vec<mpsc::Sender<Output>>>,
-    input: tokio::sync::Mutex<Option<Writer>>,
+    input: mpsc::Sender<Vec<u8>>,
+    writer: AbortHandle,
     log: Mutex<Option<LogWriter>>,
     drained: watch::Sender<bool>,
 }
@@ -110,9 +126,11 @@ impl Console {
         let written = writer.as_ref().map_or(unlogged, LogWriter::written);
         // Ends with the writer, or with the reader.
         tokio::spawn(receipts.send(written));
+        let (input, packets) = mpsc::channel(INPUT_PACKETS);
         let console = Arc::new(Self {
             sessions: Mutex::default(),
-            input: tokio::sync::Mutex::new(Some(to)),
+            input,
+            writer: tokio::spawn(write(to, packets)).abort_handle(),
             log: Mutex::new(writer.clone()),
             drained: watch::Sender::new(false),
         });
@@ -201,13 +219,13 @@ impl Console {
         self.send(Channel::Resize, &[a, b, c, d]).await
     }
 
+    /// Cancel-safe: a packet is handed over whole or not at all.
     async fn send(&self, channel: Channel, data: &[u8]) -> Result<()> {
-        let mut input = self.input.lock().await;
-        let writer =
-            input.as_mut().ok_or_else(|| Error::State("the container's input is closed".to_owned()))?;
-        wire::write_packets(writer, channel, data)
-            .await
-            .map_err(Error::os("write to", "the container's stream"))
+        for packet in wire::packets(channel, data) {
+            let closed = |_| Error::State("the container's input is closed".to_owned());
+            self.input.send(packet).await.map_err(closed)?;
+        }
+        Ok(())
     }
 
     /// Opens the log file again.
@@ -232,10 +250,72 @@ impl Console {
     }
 }
 
+impl Drop for Console {
+    fn drop(&mut self) {
+        // It may wait for a guest that does not read, and holds the stream.
+        self.writer.abort();
+    }
+}
+
+/// Writes input, alone, so that whoever gives up cuts no packet in two. Ends with the stream, or the console.
+async fn write(mut to: WriteHalf<GuestStream>, mut packets: mpsc::Receiver<Vec<u8>>) {
+    while let Some(packet) = packets.recv().await {
+        let written = async {
+            to.write_all(&packet).await?;
+            to.flush().await
+        };
+        if let Err(error) = written.await {
+            tracing::debug!(%error, "a container's input broke");
+            return;
+        }
+    }
+}
+
 struct Sessions<'a>(std::sync::MutexGuard<'a, Vec<mpsc::Sender<Output>>>);
 
 impl Sessions<'_> {
     fn take(mut self) {
         self.0.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::FutureExt;
+
+    #[tokio::test]
+    async fn a_session_that_leaves_in_the_middle_of_its_input_cuts_no_packet() {
+        let (news, _) = mpsc::channel(1);
+        let sandbox = "ab".repeat(32).parse().unwrap();
+        let container = "cd".repeat(32).parse().unwrap();
+        let receipts = Receipts { link: GuestLink::new(sandbox, news), container, stream: 1 };
+        let (ours, mut guest) = tokio::io::duplex(1000);
+        let console = Console::start(Box::new(ours), false, None, receipts);
+        let first = vec![1; 1 << 20];
+        // The guest does not read: this one waits when it leaves, and half a packet is on its way.
+        assert!(console.input(&first).now_or_never().is_none());
+        tokio::task::yield_now().await;
+        let second = tokio::spawn(async move {
+            console.input(b"second").await.unwrap();
+            console.close_input().await.unwrap();
+            console
+        });
+        let mut input = Vec::new();
+        let read = async {
+            loop {
+                let (channel, data) = wire::read_packet(&mut guest).await.unwrap().unwrap();
+                assert_eq!(channel, Channel::Stdin);
+                if data.is_empty() {
+                    return;
+                }
+                input.extend_from_slice(&data);
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), read).await.expect("the input did not end");
+        let (rest, last) = input.split_at(input.len() - 6);
+        assert_eq!(last, b"second");
+        assert!(!rest.is_empty() && first.starts_with(rest));
+        drop(second.await.unwrap());
     }
 }

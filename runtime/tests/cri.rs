@@ -3,7 +3,8 @@
 mod fake;
 
 use atoll_cri::v1::*;
-use fake::{Fixture, IMAGE};
+use atoll_spec::guest::OUTPUT_WINDOW;
+use fake::{Fault, Fixture, IMAGE};
 use std::time::Duration;
 use tonic::Code;
 
@@ -90,6 +91,8 @@ async fn output_is_acknowledged_once_it_is_in_the_log() {
     let fixture = Fixture::new().await;
     let mut client = fixture.client().await;
     let sandbox = client.sandbox("receipts").await;
+    // The first receipt is lost with its connection, and there is no more output that would bring another.
+    fixture.host.vmm(&sandbox).inject(Fault::Receipt);
     let main = client.run(&sandbox, "main", &["echo", "hello"]).await;
     let log = client.ended(&main).await.log_path;
     assert!(std::fs::read_to_string(log).unwrap().contains("stdout F hello"));
@@ -101,6 +104,55 @@ async fn output_is_acknowledged_once_it_is_in_the_log() {
         }
     };
     tokio::time::timeout(Duration::from_secs(10), all).await.expect("the output was never acknowledged");
+    assert!(!fixture.host.vmm(&sandbox).is_waiting(Fault::Receipt));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_receipt_does_not_stop_a_container_that_waits_for_it() {
+    const BYTES: usize = 4 * OUTPUT_WINDOW;
+    let fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let sandbox = client.sandbox("window").await;
+    fixture.host.vmm(&sandbox).inject(Fault::Receipt);
+    let main = client.run(&sandbox, "main", &["flow", &BYTES.to_string()]).await;
+    let log = client.ended(&main).await.log_path;
+    assert!(!fixture.host.vmm(&sandbox).is_waiting(Fault::Receipt));
+    let log = std::fs::read_to_string(log).unwrap();
+    assert_eq!(log.lines().map(|line| line.rsplit(' ').next().unwrap().len()).sum::<usize>(), BYTES);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_removal_that_fails_changes_nothing_and_can_be_asked_for_again() {
+    let fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let sandbox = client.sandbox("removal").await;
+    let main = client.run(&sandbox, "main", &["exit", "4"]).await;
+    let before = client.ended(&main).await;
+    assert_ne!(before.started_at, 0);
+    fixture.host.vmm(&sandbox).inject(Fault::Remove);
+    let request = RemoveContainerRequest { container_id: main.clone() };
+    assert!(client.runtime.remove_container(request).await.is_err());
+    assert_eq!(client.status(&main).await, before);
+    client.remove_container(&main).await;
+    assert_eq!(fixture.host.containers_of(&sandbox), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_of_which_nobody_knows_what_became_is_taken_back() {
+    let fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let sandbox = client.sandbox("unsure").await;
+    let main = client.create(&sandbox, "main", &["sleep"]).await;
+    fixture.host.vmm(&sandbox).inject(Fault::Start);
+    // The guest refuses once, as if it were still starting it.
+    fixture.host.vmm(&sandbox).inject(Fault::Remove);
+    let request = StartContainerRequest { container_id: main.clone() };
+    assert!(client.runtime.start_container(request).await.is_err());
+    // The answer comes when the guest no longer has it.
+    assert_eq!(fixture.host.containers_of(&sandbox), 0);
+    let status = client.status(&main).await;
+    assert_eq!((status.exit_code, status.reason.as_str()), (128, "StartError"));
+    client.remove_container(&main).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -187,12 +239,18 @@ async fn pods_survive_a_restart_of_the_runtime() {
     let ended = client.run(&sandbox, "ended", &["exit", "4"]).await;
     client.ended(&ended).await;
     let half = client.run(&sandbox, "half", &["sleep"]).await;
+    let unsure = client.create(&sandbox, "unsure", &["echo", "never"]).await;
 
     fixture.app.take().unwrap().stop().await;
     // As if the runtime had been killed while it removed this one.
     let state = fixture.config.sandboxes().join(&sandbox).join("state.json");
     let mut record: serde_json::Value = serde_json::from_slice(&std::fs::read(&state).unwrap()).unwrap();
     record["containers"].as_array_mut().unwrap().retain(|c| c["id"] != half);
+    // And while it started this one.
+    for container in record["containers"].as_array_mut().unwrap().iter_mut().filter(|c| c["id"] == unsure) {
+        assert_eq!(container["phase"], "created");
+        container["phase"] = "starting".into();
+    }
     std::fs::write(&state, record.to_string()).unwrap();
     let vmm = fixture.host.taken.lock().unwrap().vmms.remove(&dead).unwrap();
     vmm.end(0);
@@ -211,7 +269,9 @@ async fn pods_survive_a_restart_of_the_runtime() {
     };
     tokio::time::timeout(Duration::from_secs(10), gone)
         .await
-        .expect("the half-removed container is still there");
+        .expect("the half-removed container, or the half-started one, is still there");
+    let status = client.ended(&unsure).await;
+    assert_eq!((status.exit_code, status.reason.as_str()), (128, "StartError"));
     assert_eq!(client.exec(&running, &["echo", "still there"], 5).await.unwrap().stdout, b"still there\n");
     client.start(&made).await;
     let status = client.ended(&made).await;
@@ -268,6 +328,12 @@ async fn volumes_are_sent_and_sent_again_and_copied_back() {
     std::os::unix::fs::symlink("..1", tree.join("..data_tmp")).unwrap();
     std::fs::rename(tree.join("..data_tmp"), tree.join("..data")).unwrap();
     tokio::time::timeout(deadline, published(&mut client, 2)).await.expect("not published again");
+    // A change that was on its way when the connection broke.
+    fixture.host.vmm(&sandbox).inject(Fault::Publish);
+    std::os::unix::fs::symlink("..1", tree.join("..data_tmp")).unwrap();
+    std::fs::rename(tree.join("..data_tmp"), tree.join("..data")).unwrap();
+    tokio::time::timeout(2 * deadline, published(&mut client, 3)).await.expect("the change was lost");
+    assert!(!fixture.host.vmm(&sandbox).is_waiting(Fault::Publish));
 
     client.stop_container(&id, 5).await;
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "from the container");

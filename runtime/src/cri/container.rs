@@ -156,10 +156,13 @@ fn listed(view: &ContainerView) -> Container {
 }
 
 pub(super) fn container_status(view: &ContainerView) -> ContainerStatus {
-    let (started_at, ended) = match &view.phase {
+    let told = match &view.phase {
+        ContainerPhase::Removing { before } => before,
+        phase => phase,
+    };
+    let (started_at, ended) = match told {
         ContainerPhase::Running { started_ns } => (*started_ns, None),
         ContainerPhase::Exited { started_ns, ended } => (*started_ns, Some(ended.clone())),
-        ContainerPhase::Removing { ended } => (0, ended.clone()),
         _ => (0, None),
     };
     ContainerStatus {

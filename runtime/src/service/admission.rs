@@ -129,7 +129,7 @@ mod tests {
         }
         assert!(matches!(stop_container(None), Admission::Done));
         assert!(matches!(remove_container("x", None), Admission::Done));
-        let removing = ContainerPhase::Removing { ended: None };
+        let removing = ContainerPhase::Removing { before: Box::new(ContainerPhase::Created) };
         assert!(matches!(remove_container("x", Some(&removing)), Admission::Join));
     }
 

@@ -6,10 +6,11 @@
 //!     │ failed         │                      │ failed       │ exited, or VM ended
 //!     ▼                │ VM ended             ▼              ▼
 //!  (forgotten)         └──────────────────► Exited ◄─────────┘ ──remove──► Removing ──► (forgotten)
+//!                                                          ◄── failed ──┘
 //! ```
 //!
 //! Called by the service owner. Invariants: `Exited` is final (the first report of an exit counts); removing is possible from
-//! every state but `Creating` and `Starting`.
+//! every state but `Creating` and `Starting`; one that fails changes nothing.
 
 /// Exit code of a container whose VM ended under it.
 pub const CODE_VM_LOST: i32 = 255;
@@ -58,8 +59,8 @@ pub enum ContainerPhase {
     },
     /// Being removed.
     Removing {
-        /// How it had ended.
-        ended: Option<Ended>,
+        /// Where it is again when that fails.
+        before: Box<ContainerPhase>,
     },
 }
 
@@ -79,6 +80,8 @@ pub enum ContainerEvent {
     Exited(Ended),
     /// Somebody wants it gone.
     RemoveAsked,
+    /// It is still there.
+    RemoveFailed,
 }
 
 impl ContainerPhase {
@@ -96,9 +99,18 @@ impl ContainerPhase {
             (P::Running { started_ns }, E::Exited(ended)) => exited(*started_ns, ended),
             // It ran, and its end was known first.
             (P::Exited { started_ns: 0, ended }, E::Started { at_ns }) => exited(*at_ns, ended),
-            (P::Created | P::Running { .. }, E::RemoveAsked) => Some(P::Removing { ended: None }),
-            (P::Exited { ended, .. }, E::RemoveAsked) => Some(P::Removing { ended: Some(ended.clone()) }),
-            (_, E::Made | E::StartAsked | E::Started { .. } | E::Exited(_) | E::RemoveAsked) => None,
+            (P::Created | P::Running { .. } | P::Exited { .. }, E::RemoveAsked) => {
+                Some(P::Removing { before: Box::new(self.clone()) })
+            }
+            (P::Removing { before }, E::RemoveFailed) => Some((**before).clone()),
+            // What the removal ended is known when it fails after that.
+            (P::Removing { before }, E::Exited(_)) => {
+                Some(P::Removing { before: Box::new(before.next(event)?) })
+            }
+            (
+                _,
+                E::Made | E::StartAsked | E::Started { .. } | E::Exited(_) | E::RemoveAsked | E::RemoveFailed,
+            ) => None,
         }
     }
 
@@ -124,6 +136,7 @@ mod tests {
             Just(ContainerEvent::Started { at_ns: 5 }),
             (0..3).prop_map(|code| ContainerEvent::Exited(ended(code))),
             Just(ContainerEvent::RemoveAsked),
+            Just(ContainerEvent::RemoveFailed),
         ]
     }
 
@@ -137,11 +150,25 @@ mod tests {
                 if let ContainerPhase::Exited { ended, .. } = &next {
                     prop_assert_eq!(*first.get_or_insert(ended.code), ended.code);
                 }
-                let was_removing = matches!(phase, ContainerPhase::Removing { .. });
-                prop_assert!(!was_removing, "nothing follows Removing");
+                if let ContainerPhase::Removing { before } = &next {
+                    let inner = matches!(**before, ContainerPhase::Removing { .. });
+                    prop_assert!(!inner, "a removal within a removal");
+                }
                 phase = next;
             }
         }
+    }
+
+    #[test]
+    fn a_removal_that_fails_keeps_the_end_and_the_start_time() {
+        let exited = ContainerPhase::Exited { started_ns: 5, ended: ended(3) };
+        let removing = exited.next(&ContainerEvent::RemoveAsked).unwrap();
+        assert_eq!(removing.next(&ContainerEvent::RemoveFailed), Some(exited.clone()));
+        // It ran, and ended by the removal that failed then.
+        let running = ContainerPhase::Running { started_ns: 5 };
+        let removing = running.next(&ContainerEvent::RemoveAsked).unwrap();
+        let removing = removing.next(&ContainerEvent::Exited(ended(3))).unwrap();
+        assert_eq!(removing.next(&ContainerEvent::RemoveFailed), Some(exited));
     }
 
     #[test]

@@ -75,6 +75,7 @@ impl Owner {
             stdio_stream,
             stdio: Some(stdio),
             console: None,
+            in_start: false,
             reopening: false,
             ending: None,
             exited: watch::Sender::new(false),
@@ -147,8 +148,10 @@ impl Owner {
         let key = found.map(|c| c.id.clone()).ok_or_else(|| Error::no_container(id))?;
         let container = self.containers.get_mut(&key).ok_or_else(|| Error::no_container(id))?;
         let vm = self.sandboxes.get(&container.sandbox).and_then(|s| s.vm.clone());
+        let vm = vm.ok_or_else(|| Error::State(format!("the sandbox of container {id} is not ready")))?;
+        container.in_start = true;
         let starting = jobs::Starting {
-            vm: vm.ok_or_else(|| Error::State(format!("the sandbox of container {id} is not ready")))?,
+            vm,
             id: key.clone(),
             stdio: container.stdio.take(),
             log_path: container.log_path.clone(),
@@ -167,6 +170,7 @@ impl Owner {
             return answer(reply, Err(Error::no_container(id.as_str())));
         };
         let sandbox = container.sandbox.clone();
+        container.in_start = false;
         match result {
             Ok(console) => {
                 container.console = Some(console);
@@ -176,17 +180,44 @@ impl Owner {
                 self.finish_ending(id);
                 answer(reply, Ok(()));
             }
-            Err(error) => {
+            Err(error @ Error::Guest { .. }) => {
                 let code = match &error {
                     Error::Guest { kind: GuestErrorKind::CommandNotFound, .. } => 127,
                     Error::Guest { kind: GuestErrorKind::CommandNotExecutable, .. } => 126,
                     _ => CODE_START_FAILED,
                 };
-                let message = error.to_string();
-                let ended = Ended { code, reason: "StartError".to_owned(), message, finished_ns: unix_ns() };
-                self.container_ended(id, ended);
+                self.container_ended(id, start_failed(code, error.to_string()));
                 answer(reply, Err(error));
             }
+            // The guest may have started it all the same, or still do so.
+            Err(error) => {
+                self.undo_start(id, jobs::Unsure { why: error.to_string(), asker: Some((error, reply)) })
+            }
+        }
+    }
+
+    /// Takes back a start of which nobody knows what became. Only then is it told to have ended: kubelet starts the next
+    /// instance at once, and two of them must not run side by side.
+    pub(super) fn undo_start(&mut self, id: &ContainerId, unsure: jobs::Unsure) {
+        let Some(container) = self.containers.get_mut(id) else { return };
+        let vm = self.sandboxes.get(&container.sandbox).and_then(|s| s.vm.clone());
+        container.in_start = true;
+        let id = id.clone();
+        self.jobs.spawn(async move {
+            jobs::undo_start(vm, &id).await;
+            Done::StartUndone(id, unsure)
+        });
+    }
+
+    pub(super) fn start_undone(&mut self, id: &ContainerId, unsure: jobs::Unsure) {
+        if let Some(container) = self.containers.get_mut(id) {
+            container.in_start = false;
+            let told = container.ending.take();
+            let ended = told.unwrap_or_else(|| start_failed(CODE_START_FAILED, unsure.why));
+            self.container_ended(id, ended);
+        }
+        if let Some((error, reply)) = unsure.asker {
+            answer(reply, Err(error));
         }
     }
 
@@ -197,8 +228,8 @@ impl Owner {
             return;
         }
         container.ending = Some(ended(exit, container.created_ns, unix_ns()));
-        if matches!(container.phase, ContainerPhase::Starting) || container.reopening {
-            return; // it gets its console first: `container_started` or `console_back` goes on
+        if container.in_start || container.reopening {
+            return; // `container_started`, `start_undone` or `console_back` goes on
         }
         // It ended while the runtime was away: what it said since then still waits in the guest.
         let sandbox = container.sandbox.clone();
@@ -289,19 +320,14 @@ impl Owner {
         let sandbox = container.sandbox.clone();
         let failed = result.err().map(|e| e.to_string());
         if let Some(why) = &failed {
+            tracing::warn!(container = %id, why, "cannot remove a container");
             // It can be asked for again.
-            let ended = Ended {
-                code: CODE_START_FAILED,
-                reason: REASON_ERROR.to_owned(),
-                message: why.clone(),
-                finished_ns: unix_ns(),
-            };
-            container.phase = ContainerPhase::Exited { started_ns: 0, ended };
+            self.move_container(id, &ContainerEvent::RemoveFailed);
         } else {
             self.emit(&sandbox, id.as_str(), EventKind::Deleted);
             self.drop_container(id);
+            self.save(&sandbox);
         }
-        self.save(&sandbox);
         for waiter in waiters {
             answer(waiter, failed.clone().map_or(Ok(()), |why| Err(Error::State(why))));
         }
@@ -365,6 +391,10 @@ impl Owner {
             console: container.console.clone(),
         })
     }
+}
+
+fn start_failed(code: i32, message: String) -> Ended {
+    Ended { code, reason: "StartError".to_owned(), message, finished_ns: unix_ns() }
 }
 
 /// The end of a container as CRI words it. The guest says when, by its own clock; what waits for a time after that is

@@ -5,9 +5,9 @@
 //! delays nobody but itself.
 
 use crate::console::Console;
-use crate::service::container::ContainerEvent;
+use crate::service::container::{ContainerEvent, ContainerPhase};
 use crate::service::jobs;
-use crate::service::owner::{Done, Owner};
+use crate::service::owner::{Container, Done, Owner};
 use crate::service::sandbox::SandboxPhase;
 use crate::vm::launch::unix_ns;
 use atoll_spec::guest::{ContainerPhase as GuestPhase, ContainerState, Event};
@@ -92,11 +92,27 @@ impl Owner {
                 unknown.push(state.container.clone());
             }
         }
+        if states.is_some() {
+            self.undo_starts(id);
+        }
         // Half made or half removed when the runtime was restarted: nobody will ask for them again.
         unknown.truncate(MOST_DISCARDED);
         let vm = self.sandboxes.get(id).and_then(|sandbox| sandbox.vm.clone());
         if let (Some(vm), false) = (vm, unknown.is_empty()) {
             self.jobs.spawn(jobs::discard(vm, unknown));
+        }
+    }
+
+    /// What the guest had started has been moved on. What still is `Starting`, with nobody at it, was being started when
+    /// the runtime was killed: the guest may be at it yet, or never have been asked.
+    fn undo_starts(&mut self, id: &SandboxId) {
+        let stuck = |c: &&Container| {
+            c.sandbox == *id && c.phase == ContainerPhase::Starting && !c.in_start && c.ending.is_none()
+        };
+        let stuck: Vec<ContainerId> = self.containers.values().filter(stuck).map(|c| c.id.clone()).collect();
+        for container in stuck {
+            let why = "the runtime was restarted while it started the container".to_owned();
+            self.undo_start(&container, jobs::Unsure { why, asker: None });
         }
     }
 
@@ -111,7 +127,7 @@ impl Owner {
                 // Whether it was open already makes no difference here.
                 let _ = self.reopen_console(sandbox, &state.container);
             }
-            GuestPhase::Created => {}
+            GuestPhase::Created => {} // mostly right; `undo_starts` sees to the rest
         }
     }
 

@@ -30,6 +30,11 @@ const DRAIN_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a killed container may take to end.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 
+/// How long a guest may refuse to take a start back: longer than a start takes there.
+const UNDO_DEADLINE: Duration = Duration::from_secs(40);
+/// Pause before it is asked again.
+const UNDO_PAUSE: Duration = Duration::from_millis(500);
+
 /// Making a container.
 pub(super) struct Making {
     pub shared: Arc<Shared>,
@@ -176,6 +181,34 @@ impl Starting {
         let stream = stdio.take().await?;
         let receipts = Receipts { link: self.vm.link.clone(), container: self.id, stream: number };
         Ok(Console::start(stream, self.tty, log, receipts))
+    }
+}
+
+/// A start of which nobody knows what became.
+pub(super) struct Unsure {
+    /// Why not.
+    pub why: String,
+    /// Who asked for it, and what to answer; nobody after a restart of the runtime.
+    pub asker: Option<(Error, crate::service::Reply<()>)>,
+}
+
+/// Removes from its guest a container that may have been started there, or be about to.
+pub(super) async fn undo_start(vm: Option<Arc<PodVm>>, id: &ContainerId) {
+    let Some(vm) = vm else { return };
+    let until = tokio::time::Instant::now() + UNDO_DEADLINE;
+    loop {
+        let call = Call::RemoveContainer { container: id.clone() };
+        let error = match vm.link.call(call, CALL_DEADLINE).await {
+            Ok(_) | Err(Error::Guest { kind: GuestErrorKind::NotFound, .. }) => return,
+            Err(_) if vm.link.is_closed() => return,
+            Err(error) => error,
+        };
+        if tokio::time::Instant::now() >= until {
+            tracing::error!(container = %id, %error, "its guest does not take its start back: its virtual machine is killed");
+            return vm.stop(false).await;
+        }
+        // Mostly because it is still starting it.
+        tokio::time::sleep(UNDO_PAUSE).await;
     }
 }
 

@@ -74,6 +74,8 @@ pub(super) struct Container {
     pub stdio_stream: u64,
     pub stdio: Option<Expected>,
     pub console: Option<Arc<Console>>,
+    /// A job starts it, or takes a start back.
+    pub in_start: bool,
     /// The console is being opened again, after a restart of the runtime.
     pub reopening: bool,
     /// The guest has told its end; its last output is being written.
@@ -91,6 +93,7 @@ pub(super) enum Done {
     SandboxRemoved(SandboxId, Result<()>),
     ContainerMade(ContainerId, Result<jobs::Made>, Reply<ContainerId>),
     ContainerStarted(ContainerId, Result<Arc<Console>>, Reply<()>),
+    StartUndone(ContainerId, jobs::Unsure),
     ContainerEnded(ContainerId, Ended),
     ContainerRemoved(ContainerId, Result<()>),
     LimitsChanged(ContainerId, Box<crate::spec::Resources>, Result<()>, Reply<()>),
@@ -207,6 +210,7 @@ impl Owner {
             Done::SandboxRemoved(id, result) => self.sandbox_removed(&id, result),
             Done::ContainerMade(id, result, reply) => self.container_made(&id, result, reply),
             Done::ContainerStarted(id, result, reply) => self.container_started(&id, result, reply),
+            Done::StartUndone(id, unsure) => self.start_undone(&id, unsure),
             Done::ContainerEnded(id, ended) => self.container_ended(&id, ended),
             Done::ContainerRemoved(id, result) => self.container_removed(&id, result),
             Done::LimitsChanged(id, resources, result, reply) => {

@@ -354,6 +354,7 @@ fn restore(record: Record) -> (Sandbox, Vec<Container>) {
         stdio_stream: c.stdio_stream,
         stdio: None,
         console: None,
+        in_start: false,
         reopening: false,
         ending: None,
         exited: watch::Sender::new(false),

@@ -2,7 +2,7 @@
 //!
 //! Called by `vm::launch` (boot), `vm::pod` (layers, statistics, kill) and `service::recover` (reconnect). Invariant:
 //! one request is in flight at a time, and each gets one reply within its deadline; after a failure the connection
-//! is not used again.
+//! is not used again: the next request opens another, on which no reply to an earlier one can come.
 
 use crate::error::{Error, Result, within};
 use atoll_spec::ids::SandboxId;
@@ -14,7 +14,7 @@ use rustix::net::{
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Mutex;
@@ -41,25 +41,19 @@ pub fn listen(path: &Path) -> Result<OwnedFd> {
 /// A connection to one VMM.
 pub struct VmmClient {
     sandbox: SandboxId,
-    /// `None` after a failure.
+    path: PathBuf,
+    /// `None` after a failure, and while a request is in flight.
     socket: Mutex<Option<AsyncFd<OwnedFd>>>,
 }
 
 impl VmmClient {
     /// Connects; the listener exists already, so this does not wait.
     pub fn connect(sandbox: &SandboxId, path: &Path) -> Result<Self> {
-        let make = || -> io::Result<AsyncFd<OwnedFd>> {
-            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-            let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
-            rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
-            crate::sys::watch_fd(socket)
-        };
-        let socket = make().map_err(Error::io("connect to", path))?;
-        Ok(Self { sandbox: sandbox.clone(), socket: Mutex::new(Some(socket)) })
+        let socket = Mutex::new(Some(open(path)?));
+        Ok(Self { sandbox: sandbox.clone(), path: path.to_owned(), socket })
     }
 
-    /// Sends a request and waits for its reply. Not cancel-safe for the connection: a caller that stops waiting makes the
-    /// next call fail instead of taking the wrong reply.
+    /// Sends a request and waits for its reply. A caller that stops waiting gives the connection up, not the client.
     pub async fn call(
         &self,
         request: &VmRequest,
@@ -67,7 +61,10 @@ impl VmmClient {
         deadline: Duration,
     ) -> Result<VmReply> {
         let mut slot = self.socket.lock().await;
-        let socket = slot.take().ok_or_else(|| self.lost("an earlier request failed"))?;
+        let socket = match slot.take() {
+            Some(socket) => socket,
+            None => open(&self.path)?,
+        };
         let message = serde_json::to_vec(request).map_err(|e| self.lost(&e.to_string()))?;
         let work = async {
             send(&socket, &message, fds).await?;
@@ -110,6 +107,16 @@ impl VmmClient {
     }
 }
 
+fn open(path: &Path) -> Result<AsyncFd<OwnedFd>> {
+    let make = || -> io::Result<AsyncFd<OwnedFd>> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+        crate::sys::watch_fd(socket)
+    };
+    make().map_err(Error::io("connect to", path))
+}
+
 async fn send(socket: &AsyncFd<OwnedFd>, message: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
     if message.len() > MAX_MESSAGE || fds.len() > MAX_FDS {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "request too large"));
@@ -147,5 +154,43 @@ async fn receive(socket: &AsyncFd<OwnedFd>) -> io::Result<Vec<u8>> {
             Ok(Err(e)) => return Err(e),
             Err(_would_block) => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_request_that_was_given_up_spoils_no_later_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vmm.sock");
+        let listener = listen(&path).unwrap();
+        let (asked, mut is_asked) = tokio::sync::mpsc::channel(1);
+        let vmm = std::thread::spawn(move || {
+            let next = || {
+                let peer = rustix::net::accept(&listener).unwrap();
+                let mut buffer = vec![0u8; MAX_MESSAGE];
+                assert!(rustix::net::recv(&peer, &mut buffer[..], RecvFlags::empty()).unwrap().0 > 0);
+                peer
+            };
+            let answer = |peer: &OwnedFd, reply: &VmReply| {
+                rustix::net::send(peer, &serde_json::to_vec(reply).unwrap(), SendFlags::NOSIGNAL)
+            };
+            let given_up = next();
+            asked.blocking_send(()).unwrap();
+            let peer = next();
+            let _ = answer(&given_up, &VmReply::Ok); // nobody may be there to take it
+            answer(&peer, &VmReply::Stats(VmStats::default())).unwrap();
+        });
+        let sandbox = "ab".repeat(32).parse().unwrap();
+        let client = VmmClient::connect(&sandbox, &path).unwrap();
+        let deadline = Duration::from_secs(20);
+        tokio::select! {
+            _ = client.stats(deadline) => panic!("nobody has answered"),
+            asked = is_asked.recv() => asked.unwrap(),
+        }
+        client.stats(deadline).await.unwrap();
+        vmm.join().unwrap();
     }
 }

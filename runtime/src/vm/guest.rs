@@ -132,6 +132,11 @@ impl GuestLink {
         inner.streams.clear();
     }
 
+    /// Whether the VM is gone.
+    pub fn is_closed(&self) -> bool {
+        *self.phase.borrow() == Phase::Dead
+    }
+
     /// One call.
     pub async fn call(&self, call: Call, deadline: Duration) -> Result<Reply> {
         let what = call_name(&call);

@@ -65,21 +65,27 @@ pub async fn read_packet(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Opti
     Ok(Some((channel, payload.freeze())))
 }
 
-/// Writes data as packets of at most [`MAX_PACKET`] bytes; no data is one empty packet.
+/// Data as packets of at most [`MAX_PACKET`] bytes; no data is one empty packet.
+pub fn packets(channel: Channel, data: &[u8]) -> impl Iterator<Item = Vec<u8>> {
+    let mut chunks = data.chunks(MAX_PACKET);
+    let first = chunks.next().unwrap_or_default();
+    std::iter::once(first).chain(chunks).map(move |chunk| {
+        let mut packet = Vec::with_capacity(5 + chunk.len());
+        packet.push(channel as u8);
+        packet.extend_from_slice(&(chunk.len() as u32).to_le_bytes());
+        packet.extend_from_slice(chunk);
+        packet
+    })
+}
+
+/// Writes data as [`packets`]. Not cancel-safe: what follows half a packet is read as the rest of it.
 pub async fn write_packets(
     to: &mut (impl AsyncWrite + Unpin),
     channel: Channel,
     data: &[u8],
 ) -> io::Result<()> {
-    let mut chunks = data.chunks(MAX_PACKET);
-    let mut next = Some(chunks.next().unwrap_or_default());
-    while let Some(chunk) = next {
-        let mut packet = Vec::with_capacity(5 + chunk.len());
-        packet.push(channel as u8);
-        packet.extend_from_slice(&(chunk.len() as u32).to_le_bytes());
-        packet.extend_from_slice(chunk);
+    for packet in packets(channel, data) {
         to.write_all(&packet).await?;
-        next = chunks.next();
     }
     to.flush().await
 }

@@ -72,8 +72,7 @@ async fn send_until_done(link: &GuestLink, name: &str, directory: &Path) {
     loop {
         match tree::publish(link, name, directory).await {
             Ok(()) => return,
-            // Without its VM there is nobody to send to; the service drops the watch.
-            Err(Error::Lost { .. }) => return,
+            // A connection that broke is dialled again; when the VM ends, the service drops the watch, and this ends with it.
             Err(error) => {
                 tracing::warn!(directory = %directory.display(), %error, "cannot send a changed volume")
             }

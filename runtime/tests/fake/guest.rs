@@ -1,6 +1,7 @@
-//! A guest whose programs are a few words: `echo TEXT`, `exit CODE`, `cat`, `sleep`, `stubborn`, `immortal`, `spew BYTES`, `sizes`.
+//! A guest whose programs are a few words: `echo TEXT`, `exit CODE`, `cat`, `sleep`, `stubborn`, `immortal`, `spew BYTES`, `sizes`, and
+//! as a container's own program `flow BYTES`, which keeps to the window.
 
-use super::{Exchange, FakeVmm};
+use super::{Exchange, FakeVmm, Fault};
 use atoll_runtime::vm::wire::{read_frame, read_packet, write_packets};
 use atoll_spec::guest::*;
 use atoll_spec::ids::ContainerId;
@@ -72,7 +73,7 @@ impl Guest {
             let _ = out.send(FromGuest::Event { sequence, event });
         }
         *self.out.lock().unwrap() = Some(out.clone());
-        tokio::spawn(async move {
+        let write = tokio::spawn(async move {
             while let Some(message) = outgoing.recv().await {
                 if send(&mut to, &message).await.is_err() {
                     return;
@@ -80,12 +81,22 @@ impl Guest {
             }
         });
         while let Ok(Some(Request { id, call })) = read_frame::<Request>(&mut from).await {
+            let breaks = match call {
+                Call::AckOutput { .. } => self.vmm.happens(Fault::Receipt),
+                Call::StartContainer { .. } => self.vmm.happens(Fault::Start),
+                Call::PublishTree { .. } => self.vmm.happens(Fault::Publish),
+                _ => false,
+            };
+            if breaks {
+                break;
+            }
             let (guest, out) = (self.clone(), out.clone());
             tokio::spawn(async move {
                 let result = guest.call(call).await;
                 let _ = out.send(FromGuest::Answer { id, result });
             });
         }
+        write.abort();
     }
 
     async fn stream(&self, number: u64) -> UnixStream {
@@ -113,6 +124,9 @@ impl Guest {
                 c.signal.send_replace(signal);
                 Ok(Reply::Done)
             }),
+            Call::RemoveContainer { .. } if self.vmm.happens(Fault::Remove) => {
+                Err(error(GuestErrorKind::System))
+            }
             Call::RemoveContainer { container } => {
                 let removed = self.state.lock().unwrap().containers.remove(&container);
                 self.vmm.containers.fetch_sub(usize::from(removed.is_some()), SeqCst);
@@ -201,7 +215,10 @@ impl Guest {
         tokio::spawn(async move {
             // The process outlives its stream: what it would print then is lost in this fake.
             let mut again = signal.clone();
-            let mut code = program(args, &mut stream, signal).await;
+            let mut code = match args[0].as_str() {
+                "flow" => guest.flow(args[1].parse().unwrap(), &mut stream).await.map_or(BROKEN, |()| 0),
+                _ => program(args, &mut stream, signal).await,
+            };
             drop(stream);
             if code == BROKEN {
                 let _ = again.wait_for(|s| *s != 0).await;
@@ -210,6 +227,19 @@ impl Guest {
             guest.exited(&id, code);
         });
         Ok(Reply::Started { pid: 7 })
+    }
+
+    /// Output that waits while as much as the window holds has not been acknowledged.
+    async fn flow(&self, bytes: usize, stream: &mut UnixStream) -> std::io::Result<()> {
+        let packet = vec![b'x'; MAX_PACKET];
+        for said in (0..bytes).step_by(MAX_PACKET) {
+            while said + MAX_PACKET > self.vmm.acknowledged.load(SeqCst) as usize + OUTPUT_WINDOW {
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            }
+            write_packets(stream, Channel::Stdout, &packet).await?;
+        }
+        write_packets(stream, Channel::Stdout, &[]).await?;
+        write_packets(stream, Channel::Stderr, &[]).await
     }
 
     fn exited(&self, id: &ContainerId, code: i32) {

@@ -39,6 +39,19 @@ pub struct Taken {
     pub mapped: Vec<(u64, u64)>,
 }
 
+/// What a guest can do wrong.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Fault {
+    /// Its control connection breaks at a receipt for output.
+    Receipt,
+    /// Its control connection breaks while a tree is published.
+    Publish,
+    /// Its control connection breaks before it starts a container.
+    Start,
+    /// It refuses to remove a container.
+    Remove,
+}
+
 #[derive(Clone)]
 pub struct FakeVmm {
     pub cid: GuestCid,
@@ -46,12 +59,28 @@ pub struct FakeVmm {
     pub containers: Arc<std::sync::atomic::AtomicUsize>,
     /// Bytes of output that the runtime has acknowledged last.
     pub acknowledged: Arc<std::sync::atomic::AtomicU64>,
+    /// What the guest does wrong, once each.
+    faults: Arc<Mutex<BTreeSet<Fault>>>,
     exit: Arc<watch::Sender<Option<i32>>>,
 }
 
 impl FakeVmm {
     pub fn end(&self, status: i32) {
         self.exit.send_if_modified(|e| e.is_none().then(|| *e = Some(status)).is_some());
+    }
+
+    /// The guest will do this wrong, once.
+    pub fn inject(&self, fault: Fault) {
+        self.faults.lock().unwrap().insert(fault);
+    }
+
+    /// Whether a fault has not happened yet.
+    pub fn is_waiting(&self, fault: Fault) -> bool {
+        self.faults.lock().unwrap().contains(&fault)
+    }
+
+    fn happens(&self, fault: Fault) -> bool {
+        self.faults.lock().unwrap().remove(&fault)
     }
 
     pub async fn ended(&self) {
@@ -158,6 +187,7 @@ impl Host for FakeHost {
             cid: order.cid,
             containers: Arc::default(),
             acknowledged: Arc::default(),
+            faults: Arc::default(),
             exit: Arc::new(watch::Sender::new(None)),
         };
         let mut taken = self.taken.lock().unwrap();
