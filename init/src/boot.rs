@@ -80,7 +80,8 @@ pub fn run(boot: &mut Boot<'_>) -> std::result::Result<(), (&'static str, Error)
     for phase in &PHASES {
         let started = uptime();
         let label = format!("boot phase {}", phase.name);
-        boot.guard.promise(&label, phase.deadline, Duration::from_secs(COUNTDOWN_S));
+        let countdown = Duration::from_secs(COUNTDOWN_S);
+        boot.guard.promise(&label, phase.deadline, countdown, ShutdownAction::Reboot);
         let outcome = (phase.run)(boot);
         let took = uptime().saturating_sub(started);
         let problem = match outcome {
@@ -167,7 +168,7 @@ pub fn fail(boot: &Boot<'_>, phase: &str, error: &str) {
         }
     };
     let within = Duration::from_secs(COUNTDOWN_S + 10);
-    boot.guard.promise("the countdown", within, Duration::ZERO);
+    boot.guard.promise("the countdown", within, Duration::ZERO, action);
     for left in (1..=COUNTDOWN_S).rev() {
         if left % 10 == 0 || left <= 3 {
             boot.console.say(format!("the machine {word} in {left} s"));
