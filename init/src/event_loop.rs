@@ -255,7 +255,7 @@ impl<'a> EventLoop<'a> {
     }
 
     fn read_devices(&mut self) {
-        if self.doors.devices.read(self.machine.sys, self.machine.console) {
+        if self.doors.devices.read(self.machine.console) {
             self.begin_shutdown(ShutdownAction::PowerOff, "power-button", "the power button was pressed");
         }
     }
