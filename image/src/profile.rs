@@ -206,6 +206,15 @@ mod tests {
     }
 
     #[test]
+    fn the_release_finds_disks_partitions_and_watchdogs_of_servers() {
+        let release = Profile::load("release").unwrap();
+        for module in ["vmd", "lpc_ich", "i2c_i801"] {
+            assert!(release.modules.iter().any(|name| name == module), "{module}");
+        }
+        assert!(release.command_line.split(' ').any(|word| word == "gpt"), "{}", release.command_line);
+    }
+
+    #[test]
     fn mistakes_are_named() {
         let error = |text: &str| Profile::parse("p.yaml", text).unwrap_err().to_string();
         assert!(error("version: 2\nname: x\n").contains("version 2"));

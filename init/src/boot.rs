@@ -16,6 +16,10 @@ use std::time::Duration;
 
 /// How long a person has to read what failed before the machine boots again.
 const COUNTDOWN_S: u64 = 30;
+/// Storage controllers with many disks take a minute and more each.
+const DRIVERS_WITHIN_S: u64 = 150;
+/// What the drivers phase keeps of that for what it does after it has waited.
+const DRIVERS_SPARE_S: u64 = 10;
 
 /// What a boot works on and what it makes.
 pub struct Boot<'a> {
@@ -67,7 +71,7 @@ const PHASES: [Phase; 9] = [
     phase("file-systems", 10, Failure::EndsBoot, |boot| mounts::rest(boot.sys)),
     phase("hardening", 10, Failure::IsTold, |boot| hardening::apply(boot.sys)),
     phase("identity", 10, Failure::IsTold, |boot| identity::establish(boot.sys)),
-    phase("drivers", 150, Failure::IsTold, drivers),
+    phase("drivers", DRIVERS_WITHIN_S, Failure::IsTold, drivers),
     phase("watchdog", 10, Failure::IsTold, watchdog),
     phase("cgroups", 10, Failure::IsTold, service_table_and_cgroups),
 ];
@@ -80,7 +84,8 @@ pub fn run(boot: &mut Boot<'_>) -> std::result::Result<(), (&'static str, Error)
     for phase in &PHASES {
         let started = uptime();
         let label = format!("boot phase {}", phase.name);
-        boot.guard.promise(&label, phase.deadline, Duration::from_secs(COUNTDOWN_S));
+        let countdown = Duration::from_secs(COUNTDOWN_S);
+        boot.guard.promise(&label, phase.deadline, countdown, ShutdownAction::Reboot);
         let outcome = (phase.run)(boot);
         let took = uptime().saturating_sub(started);
         let problem = match outcome {
@@ -125,9 +130,10 @@ fn pseudo_file_systems(boot: &mut Boot<'_>) -> Result<()> {
 fn drivers(boot: &mut Boot<'_>) -> Result<()> {
     // First listen, then look: what comes in between is seen twice and not never.
     let listening = boot.devices.listen();
-    let devices = modules::coldplug(boot.sys)?;
+    let until = uptime() + Duration::from_secs(DRIVERS_WITHIN_S - DRIVERS_SPARE_S);
+    let (devices, loaded) = modules::coldplug(boot.sys, until);
     boot.console.say(format!("asked for the drivers of {devices} kinds of devices"));
-    listening
+    Error::all(listening.err().into_iter().chain(loaded.err()).collect())
 }
 
 fn watchdog(boot: &mut Boot<'_>) -> Result<()> {
@@ -167,7 +173,7 @@ pub fn fail(boot: &Boot<'_>, phase: &str, error: &str) {
         }
     };
     let within = Duration::from_secs(COUNTDOWN_S + 10);
-    boot.guard.promise("the countdown", within, Duration::ZERO);
+    boot.guard.promise("the countdown", within, Duration::ZERO, action);
     for left in (1..=COUNTDOWN_S).rev() {
         if left % 10 == 0 || left <= 3 {
             boot.console.say(format!("the machine {word} in {left} s"));

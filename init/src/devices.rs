@@ -6,20 +6,57 @@ use crate::error::{Error, Result, chain};
 use crate::hotplug::Hotplug;
 use crate::modules;
 use crate::power_button::PowerButtons;
-use crate::process::{self, Child, Program};
-use crate::sys::{Signal, Syscalls, Target};
+use crate::process::{self, Program};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
-/// Longest run of modprobe for what was plugged in.
+/// How long the drivers of one batch are waited for before those of the next are asked for.
 const DRIVER_WITHIN: Duration = Duration::from_secs(20);
+/// Most runs of modprobe that are late; with that many, what comes next waits for one of them to end.
+const MOST_LATE: usize = 8;
 
-/// Buttons, news of devices, and the modprobe that is running for them.
+/// The runs of modprobe for what was plugged in. One that is late is not killed, which could break the driver's probe:
+/// it goes on, and the next batch no longer waits for it.
+#[derive(Debug, Default)]
+struct Loading {
+    current: Option<(u32, Duration)>,
+    late: Vec<u32>,
+}
+
+impl Loading {
+    fn is_free(&self) -> bool {
+        self.current.is_none() && self.late.len() < MOST_LATE
+    }
+
+    fn next_deadline(&self) -> Option<Duration> {
+        self.current.map(|(_, until)| until)
+    }
+
+    fn started(&mut self, pid: u32, now: Duration) {
+        self.current = Some((pid, now + DRIVER_WITHIN));
+    }
+
+    /// Whether the current run has just become late.
+    fn turned_late(&mut self, now: Duration) -> bool {
+        let overdue = self.current.take_if(|(_, until)| now >= *until);
+        self.late.extend(overdue.map(|(pid, _)| pid));
+        overdue.is_some()
+    }
+
+    /// A process has ended; whether it was one of these.
+    fn ended(&mut self, pid: u32) -> bool {
+        let before = self.late.len();
+        self.late.retain(|late| *late != pid);
+        self.current.take_if(|(current, _)| *current == pid).is_some() || self.late.len() < before
+    }
+}
+
+/// Buttons, news of devices, and what is loaded for them.
 #[derive(Debug, Default)]
 pub struct Devices {
     hotplug: Option<Hotplug>,
     buttons: PowerButtons,
-    driver: Option<(Child, Duration)>,
+    loading: Loading,
 }
 
 impl Devices {
@@ -45,14 +82,13 @@ impl Devices {
 
     /// When [`Devices::read`] is due.
     pub fn next_deadline(&self) -> Option<Duration> {
-        match &self.driver {
-            Some((_, until)) => Some(*until),
-            None => self.hotplug.as_ref().and_then(Hotplug::next_deadline),
-        }
+        let free = self.loading.is_free();
+        let due = self.hotplug.as_ref().filter(|_| free).and_then(Hotplug::next_deadline);
+        self.loading.next_deadline().or(due)
     }
 
     /// Reads what there is to read; whether a power button was pressed.
-    pub fn read(&mut self, sys: &dyn Syscalls, console: &Console) -> bool {
+    pub fn read(&mut self, console: &Console) -> bool {
         let now = uptime();
         let pressed = self.buttons.pressed();
         let Some(hotplug) = &mut self.hotplug else { return pressed };
@@ -60,44 +96,103 @@ impl Devices {
         if hotplug.take_seen_input() {
             self.buttons.look();
         }
-        match &mut self.driver {
-            Some((child, until)) if now >= *until => {
-                // Asked once for each round, until it has ended and is collected.
-                let _ = sys.kill(Target::Process(child.pid), Signal::Kill);
-                *until = now + DRIVER_WITHIN;
-            }
-            Some(_) => {}
-            None => {
-                if let Some(aliases) = hotplug.take_due(now).filter(|aliases| !aliases.is_empty()) {
-                    match start_modprobe(&aliases) {
-                        Ok(child) => self.driver = Some((child, now + DRIVER_WITHIN)),
-                        Err(error) => console.say(format!("no driver for a new device: {}", chain(&error))),
-                    }
-                }
-            }
-        }
+        self.load_due(now, console, start_modprobe);
         pressed
+    }
+
+    fn load_due(&mut self, now: Duration, console: &Console, start: impl FnOnce(&[String]) -> Result<u32>) {
+        if self.loading.turned_late(now) {
+            let seconds = DRIVER_WITHIN.as_secs();
+            console
+                .say(format!("a driver of a new device takes longer than {seconds} s: it goes on by itself"));
+        }
+        let Some(hotplug) = self.hotplug.as_mut().filter(|_| self.loading.is_free()) else { return };
+        let batch = hotplug.take_due(now, modules::BATCH);
+        if batch.is_empty() {
+            return;
+        }
+        match start(&batch) {
+            Ok(pid) => self.loading.started(pid, now),
+            Err(error) => console.say(format!("no driver for a new device: {}", chain(&error))),
+        }
     }
 
     /// A process has ended; whether it was ours.
     pub fn ended(&mut self, pid: u32) -> bool {
-        if self.driver.as_ref().is_none_or(|(child, _)| child.pid != pid) {
-            return false;
+        let ours = self.loading.ended(pid);
+        if ours {
+            self.buttons.look();
         }
-        self.driver = None;
-        self.buttons.look();
-        true
+        ours
     }
 }
 
-fn start_modprobe(aliases: &[String]) -> Result<Child> {
+fn start_modprobe(aliases: &[String]) -> Result<u32> {
     let null =
         std::fs::File::options().write(true).open("/dev/null").map_err(Error::file("open", "/dev/null"))?;
-    process::spawn(&Program {
+    let child = process::spawn(&Program {
         command: &modules::modprobe(aliases),
         environment: &["PATH=/usr/sbin:/usr/bin".to_owned()],
         confinement: None,
         cgroup: None,
         output: null.as_fd(),
-    })
+    })?;
+    Ok(child.pid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Devices of which this many were plugged in, and the time when their drivers are due.
+    fn plugged_in(count: usize) -> (Devices, Duration) {
+        let mut hotplug = Hotplug::open().unwrap();
+        for number in 0..count {
+            let message = format!("add@/devices/a\0MODALIAS=usb:{number:04}\0");
+            hotplug.take(Duration::ZERO, message.as_bytes());
+        }
+        let now = hotplug.next_deadline().unwrap();
+        (Devices { hotplug: Some(hotplug), ..Devices::default() }, now)
+    }
+
+    #[test]
+    fn a_batch_that_does_not_start_and_one_that_is_late_lose_no_other() {
+        let console = Console::start();
+        let (mut devices, now) = plugged_in(2 * modules::BATCH + 1);
+        devices
+            .load_due(now, &console, |_| Err(Error::system("start it")(std::io::Error::other("no memory"))));
+        assert_eq!(devices.next_deadline(), Some(now), "the rest is still due");
+        devices.load_due(now, &console, |batch| {
+            assert_eq!((batch[0].as_str(), batch.len()), ("usb:0256", modules::BATCH));
+            Ok(7)
+        });
+        let late = now + DRIVER_WITHIN;
+        assert_eq!(devices.next_deadline(), Some(late));
+        devices.load_due(now, &console, |_| panic!("the one before has its time"));
+        devices.load_due(late, &console, |batch| {
+            assert_eq!(batch, ["usb:0512"]);
+            Ok(8)
+        });
+        assert!(devices.ended(8) && devices.ended(7) && !devices.ended(7));
+        assert_eq!(devices.next_deadline(), None);
+    }
+
+    #[test]
+    fn runs_that_never_end_do_not_pile_up_and_what_waits_for_them_is_not_lost() {
+        let console = Console::start();
+        let (mut devices, mut now) = plugged_in((MOST_LATE + 1) * modules::BATCH);
+        for pid in 0..MOST_LATE {
+            devices.load_due(now, &console, |_| Ok(u32::try_from(pid).unwrap()));
+            now += DRIVER_WITHIN;
+        }
+        devices.load_due(now, &console, |_| panic!("one more beside those that are late"));
+        assert_eq!(devices.next_deadline(), None, "only an end makes room");
+        assert!(devices.ended(3));
+        let mut last = 0;
+        devices.load_due(now, &console, |batch| {
+            last = batch.len();
+            Ok(100)
+        });
+        assert_eq!(last, modules::BATCH);
+    }
 }

@@ -76,8 +76,18 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
-    /// A program took longer than it may.
-    #[error("{program} had not ended after {} s and was killed", deadline.as_secs())]
+    /// The drivers of devices, by what these ask for.
+    #[error("cannot load the drivers of {first} and {more} more")]
+    Drivers {
+        /// The first name.
+        first: String,
+        /// How many more there were.
+        more: usize,
+        /// Why not.
+        source: Box<Error>,
+    },
+    /// A program took longer than it was waited for.
+    #[error("{program} had not ended after {} s and goes on by itself", deadline.as_secs())]
     Overrun {
         /// The program.
         program: String,

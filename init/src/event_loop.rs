@@ -102,7 +102,8 @@ impl<'a> EventLoop<'a> {
     pub fn run(&mut self) -> ShutdownAction {
         self.tell(Event::Tick);
         loop {
-            self.machine.guard.promise("init's event loop", PROMISE, Duration::ZERO);
+            let action = self.shutdown.as_ref().map_or(ShutdownAction::Reboot, |shutdown| shutdown.action);
+            self.machine.guard.promise("init's event loop", PROMISE, Duration::ZERO, action);
             let asleep_from = uptime();
             self.wait();
             if uptime().saturating_sub(asleep_from) > ROUND + STOOD_STILL {
@@ -254,7 +255,7 @@ impl<'a> EventLoop<'a> {
     }
 
     fn read_devices(&mut self) {
-        if self.doors.devices.read(self.machine.sys, self.machine.console) {
+        if self.doors.devices.read(self.machine.console) {
             self.begin_shutdown(ShutdownAction::PowerOff, "power-button", "the power button was pressed");
         }
     }
@@ -338,6 +339,8 @@ impl<'a> EventLoop<'a> {
             "shutdown: {action} asked by {source}: {reason}; takes at most {} s",
             shutdown::WORST_CASE.as_secs()
         ));
+        // The disk may hang already, and then it is this action that is due.
+        self.machine.guard.promise("the record of the shutdown's cause", PROMISE, Duration::ZERO, action);
         shutdown::record_cause(self.machine.sys, self.machine.console, action, source, reason);
         self.shutdown = Some(Shutdown {
             action,

@@ -1,11 +1,13 @@
-//! Kernel settings that every host gets at boot, each with its reason. Network settings are hostd's.
+//! Kernel settings that every host gets at boot, each with its reason. What a single link gets is hostd's.
 
 use crate::error::{Error, Result};
 use crate::sys::Syscalls;
 use std::io;
 
+const UNPLUGGED: &str = "a route through a pulled cable gives way to one through a link that is up";
+
 /// Path under `/proc/sys`, value, reason.
-const SETTINGS: [(&str, &str, &str); 27] = [
+const SETTINGS: [(&str, &str, &str); 31] = [
     ("kernel/panic", "10", "a kernel that panicked boots again after its text was read"),
     ("kernel/panic_on_oops", "1", "a kernel that is known to be damaged must not go on serving pods"),
     ("kernel/hung_task_timeout_secs", "120", "tasks stuck in the kernel show in its log"),
@@ -18,6 +20,11 @@ const SETTINGS: [(&str, &str, &str); 27] = [
         "1",
         "a path that drops large packets without a word must not stall connections",
     ),
+    // `all` counts for every link of IPv4, and is written through to those of IPv6; `default` is what new ones begin with.
+    ("net/ipv4/conf/all/ignore_routes_with_linkdown", "1", UNPLUGGED),
+    ("net/ipv4/conf/default/ignore_routes_with_linkdown", "1", UNPLUGGED),
+    ("net/ipv6/conf/all/ignore_routes_with_linkdown", "1", UNPLUGGED),
+    ("net/ipv6/conf/default/ignore_routes_with_linkdown", "1", UNPLUGGED),
     ("kernel/perf_event_paranoid", "3", "performance counters leak what runs beside"),
     ("kernel/kexec_load_disabled", "1", "the signed image is the only kernel that ever boots"),
     ("kernel/io_uring_disabled", "2", "nothing on the host uses io_uring, a large attack surface"),
@@ -59,6 +66,30 @@ pub fn apply(sys: &dyn Syscalls) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::fake::Fake;
+
+    #[test]
+    fn a_pulled_cable_takes_its_routes_with_it_on_links_of_now_and_later() {
+        let fake = Fake::default();
+        apply(&fake).unwrap();
+        for family in ["ipv4", "ipv6"] {
+            for links in ["all", "default"] {
+                let path = format!("/proc/sys/net/{family}/conf/{links}/ignore_routes_with_linkdown");
+                assert_eq!(fake.read(&path).ok().as_deref(), Some("1\n"), "{path}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_setting_that_the_kernel_lacks_is_passed_over_and_a_refused_one_keeps_no_other_from_it() {
+        let fake = Fake::default();
+        fake.fail("write /proc/sys/net/ipv6/", io::ErrorKind::NotFound);
+        apply(&fake).unwrap();
+        fake.fail("write /proc/sys/kernel/panic ", io::ErrorKind::PermissionDenied);
+        let error = apply(&fake).unwrap_err().to_string();
+        assert!(error.contains("/proc/sys/kernel/panic") && !error.contains("; "), "{error}");
+        assert!(fake.calls().last().unwrap().starts_with("write /proc/sys/kernel/pid_max "));
+    }
 
     #[test]
     fn every_setting_says_why() {

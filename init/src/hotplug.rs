@@ -55,7 +55,8 @@ impl Hotplug {
         }
     }
 
-    fn take(&mut self, now: Duration, message: &[u8]) {
+    /// Takes one message of the kernel.
+    pub fn take(&mut self, now: Duration, message: &[u8]) {
         let mut fields = message.split(|byte| *byte == 0).filter_map(|field| std::str::from_utf8(field).ok());
         if !fields.next().is_some_and(|head| head.starts_with("add@")) {
             return;
@@ -77,13 +78,16 @@ impl Hotplug {
         self.due
     }
 
-    /// Aliases to load drivers for, once they have been gathered.
-    pub fn take_due(&mut self, now: Duration) -> Option<Vec<String>> {
+    /// Aliases to load drivers for, once they have been gathered; the rest of more than `most` stays due.
+    pub fn take_due(&mut self, now: Duration, most: usize) -> Vec<String> {
         if self.due.is_none_or(|due| due > now) {
-            return None;
+            return Vec::new();
         }
-        self.due = None;
-        Some(std::mem::take(&mut self.asked).into_iter().collect())
+        let batch = std::iter::from_fn(|| self.asked.pop_first()).take(most).collect();
+        if self.asked.is_empty() {
+            self.due = None;
+        }
+        batch
     }
 
     /// Whether an input device came since the last call.
@@ -110,10 +114,23 @@ mod tests {
         hotplug.take(now, b"add@/devices/a\0ACTION=add\0SUBSYSTEM=usb\0MODALIAS=usb:1\0");
         hotplug.take(now, b"remove@/devices/b\0MODALIAS=usb:2\0");
         hotplug.take(now, b"add@/devices/c\0SUBSYSTEM=input\0MODALIAS=usb:1\0");
-        assert_eq!(hotplug.take_due(now), None);
+        assert!(hotplug.take_due(now, 2).is_empty());
         assert_eq!(hotplug.next_deadline(), Some(now + GATHER));
-        assert_eq!(hotplug.take_due(now + GATHER), Some(vec!["usb:1".to_owned()]));
-        assert_eq!(hotplug.take_due(now + GATHER), None);
+        assert_eq!(hotplug.take_due(now + GATHER, 2), ["usb:1"]);
+        assert!(hotplug.take_due(now + GATHER, 2).is_empty());
         assert!(hotplug.take_seen_input() && !hotplug.take_seen_input());
+    }
+
+    #[test]
+    fn what_is_more_than_a_batch_stays_due() {
+        let Ok(mut hotplug) = Hotplug::open() else { return };
+        let now = Duration::from_secs(5);
+        for number in 0..3 {
+            hotplug.take(now, format!("add@/devices/a\0MODALIAS=usb:{number}\0").as_bytes());
+        }
+        assert_eq!(hotplug.take_due(now + GATHER, 2), ["usb:0", "usb:1"]);
+        assert_eq!(hotplug.next_deadline(), Some(now + GATHER));
+        assert_eq!(hotplug.take_due(now + GATHER, 2), ["usb:2"]);
+        assert_eq!(hotplug.next_deadline(), None);
     }
 }

@@ -1,6 +1,9 @@
 //! Kernel modules: the few that the system tree's file system needs, loaded by hand, and then everything that the
-//! machine's devices ask for (*coldplug*), loaded by modprobe in few large calls, each with a deadline.
+//! machine's devices ask for (*coldplug*), loaded by modprobe in few large calls, which share the deadline of the boot
+//! phase. A modprobe that is late is never killed: its signal would reach the driver's probe, which then fails, and some
+//! controllers take minutes.
 
+use crate::clock;
 use crate::error::{Error, Result};
 use crate::process;
 use crate::sys::Syscalls;
@@ -13,8 +16,8 @@ use std::time::Duration;
 pub const DEVICES: &str = "/sys/devices";
 const EARLY_LIST: &str = "/modules.early";
 const MODPROBE: &str = "/usr/sbin/modprobe";
-const BATCH: usize = 256;
-const BATCH_DEADLINE: Duration = Duration::from_secs(20);
+/// Most names for one run of modprobe.
+pub const BATCH: usize = 256;
 /// Drivers find buses, whose devices ask for more drivers; deeper than this nothing is known to go.
 const ROUNDS: usize = 5;
 
@@ -38,42 +41,50 @@ pub fn early(sys: &dyn Syscalls) -> Result<()> {
     Ok(())
 }
 
-/// Loads what the devices ask for, round by round until none asks for anything new, then what no device asks for.
-///
-/// # Errors
-/// When modprobe cannot run or overruns, or a needed module is not there afterwards.
-pub fn coldplug(sys: &dyn Syscalls) -> Result<usize> {
+/// Loads what no device asks for, then what the devices ask for, round by round until none asks for anything new.
+/// Gives back how many kinds of devices asked, and what was not loaded by that time of the machine: one driver that
+/// fails or hangs keeps no other from being asked for.
+pub fn coldplug(sys: &dyn Syscalls, until: Duration) -> (usize, Result<()>) {
+    coldplug_with(sys, || aliases(Path::new(DEVICES)), |names| load(names, until))
+}
+
+fn coldplug_with(
+    sys: &dyn Syscalls,
+    find: impl Fn() -> BTreeSet<String>,
+    load: impl Fn(&[String]) -> Result<()>,
+) -> (usize, Result<()>) {
+    // They wait for no device, and a driver that hangs would leave them no time.
+    let mut failures: Vec<Error> = ask(&load, &NEEDED.map(str::to_owned)).into_iter().collect();
     let mut asked = BTreeSet::new();
     for _ in 0..ROUNDS {
-        let found = aliases(Path::new(DEVICES));
+        let found = find();
         let new: Vec<String> = found.difference(&asked).cloned().collect();
         if new.is_empty() {
             break;
         }
-        for batch in new.chunks(BATCH) {
-            load(batch)?;
-        }
+        failures.extend(new.chunks(BATCH).filter_map(|batch| ask(&load, batch)));
         asked.extend(new);
     }
-    load(&NEEDED.map(str::to_owned))?;
     let missing: Vec<&str> = NEEDED.into_iter().filter(|name| !is_present(sys, name)).collect();
-    if missing.is_empty() {
-        Ok(asked.len())
-    } else {
-        Err(Error::ModulesMissing { names: missing.join(", ") })
+    if !missing.is_empty() {
+        failures.push(Error::ModulesMissing { names: missing.join(", ") });
     }
+    (asked.len(), Error::all(failures))
+}
+
+fn ask(load: &impl Fn(&[String]) -> Result<()>, names: &[String]) -> Option<Error> {
+    let source = Box::new(load(names).err()?);
+    let first = names.first().cloned().unwrap_or_default();
+    Some(Error::Drivers { first, more: names.len().saturating_sub(1), source })
 }
 
 /// Loads modules by names or aliases. Names that no module of the image answers to are not an error: most devices
-/// of a machine need no driver of ours.
-///
-/// # Errors
-/// When modprobe cannot run or overruns.
-pub fn load(names: &[String]) -> Result<()> {
-    process::run(&modprobe(names), BATCH_DEADLINE).map(drop)
+/// of a machine need no driver of ours. When there is no time left it is started all the same.
+fn load(names: &[String], until: Duration) -> Result<()> {
+    process::run(&modprobe(names), until.saturating_sub(clock::uptime())).map(drop)
 }
 
-/// The command that [`load`] runs, for those who wait for it themselves.
+/// The command that loads modules by names or aliases, for those who wait for it themselves.
 pub fn modprobe(names: &[String]) -> Vec<String> {
     [MODPROBE, "-a", "-b", "-q", "--"]
         .iter()
@@ -113,6 +124,51 @@ pub fn aliases(root: &Path) -> BTreeSet<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::fake::Fake;
+    use std::cell::RefCell;
+
+    fn machine_with(modules: &[&str]) -> Fake {
+        let fake = Fake::default();
+        modules.iter().for_each(|name| fake.file(&format!("/sys/module/{name}"), ""));
+        fake
+    }
+
+    #[test]
+    fn a_batch_that_fails_keeps_neither_the_others_nor_what_the_host_needs_from_being_asked_for() {
+        let devices: BTreeSet<String> = (0..=2 * BATCH).map(|number| format!("pci:{number:04}")).collect();
+        let asked = RefCell::new(BTreeSet::new());
+        let load = |names: &[String]| {
+            asked.borrow_mut().extend(names.iter().cloned());
+            match names[0].as_str() {
+                "pci:0000" => {
+                    Err(Error::Overrun { program: "modprobe".into(), deadline: Duration::from_secs(9) })
+                }
+                "pci:0512" => Err(Error::system("start it")(io::Error::other("no memory"))),
+                _ => Ok(()),
+            }
+        };
+        let (found, outcome) = coldplug_with(&machine_with(&NEEDED), || devices.clone(), load);
+        assert_eq!(found, devices.len());
+        let asked = asked.into_inner();
+        assert!(devices.is_subset(&asked), "{:?}", devices.difference(&asked).next());
+        assert!(NEEDED.iter().all(|name| asked.contains(*name)), "{asked:?}");
+        let text = crate::error::chain(&outcome.unwrap_err());
+        assert!(text.contains("pci:0000 and 255 more: modprobe had not ended after 9 s"), "{text}");
+        assert!(text.contains("pci:0512 and 0 more: cannot start it: no memory"), "{text}");
+    }
+
+    #[test]
+    fn what_the_host_needs_is_asked_for_before_a_driver_can_take_the_time() {
+        let first = RefCell::new(None);
+        let load = |names: &[String]| {
+            first.borrow_mut().get_or_insert(names[0].clone());
+            Ok(())
+        };
+        let (found, outcome) =
+            coldplug_with(&machine_with(&NEEDED[1..]), || ["pci:1".to_owned()].into(), load);
+        assert_eq!((found, first.into_inner().as_deref()), (1, Some("tun")));
+        assert!(outcome.unwrap_err().to_string().contains("modules tun did not load"));
+    }
 
     #[test]
     fn aliases_are_found_at_any_depth_and_once() {

@@ -390,10 +390,11 @@ fn wait_status(child: &Child, deadline: Duration) -> io::Result<Option<Exit>> {
     Ok(status.as_ref().map(Exit::from_status))
 }
 
-/// Runs one of init's own tools to its end, as long as it keeps the deadline. Its output is thrown away.
+/// Runs one of init's own tools to its end, as long as it keeps the deadline. Its output is thrown away. One that
+/// overruns goes on, and is collected like any orphan: a kill could break what the kernel does for it.
 ///
 /// # Errors
-/// When it cannot be started, or overran and was killed.
+/// When it cannot be started, or has overrun.
 pub fn run(command: &[String], deadline: Duration) -> Result<Exit> {
     let program = command.first().cloned().unwrap_or_default();
     let null =
@@ -408,10 +409,7 @@ pub fn run(command: &[String], deadline: Duration) -> Result<Exit> {
     })?;
     match wait_status(&child, deadline) {
         Ok(Some(exit)) => Ok(exit),
-        Ok(None) => {
-            end(&child);
-            Err(Error::Overrun { program, deadline })
-        }
+        Ok(None) => Err(Error::Overrun { program, deadline }),
         Err(source) => Err(Error::Spawn { program, step: "wait for the end", source }),
     }
 }
@@ -449,9 +447,19 @@ mod tests {
     }
 
     #[test]
-    fn kills_what_overruns() {
-        let error = run(&words(&["/bin/sleep", "100"]), Duration::from_millis(50)).unwrap_err();
+    fn what_overruns_is_told_and_goes_on_even_without_any_time() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name).display().to_string();
+        let script = r#"until [ -e "$0" ]; do sleep 0.02; done; : > "$1""#;
+        let error =
+            run(&words(&["/bin/sh", "-c", script, &path("go"), &path("done")]), Duration::ZERO).unwrap_err();
         assert!(matches!(error, Error::Overrun { .. }), "{error:?}");
+        std::fs::write(path("go"), "").unwrap();
+        let end = clock::uptime() + Duration::from_secs(20);
+        while !std::path::Path::new(&path("done")).exists() {
+            assert!(clock::uptime() < end, "it did not go on");
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     #[test]

@@ -73,17 +73,17 @@ pub fn record_cause(
 /// Everything after the services, to the end. Returns only when the kernel refuses to reboot.
 pub fn finish(machine: &Machine<'_>, action: ShutdownAction) {
     let Machine { sys, console, guard } = machine;
-    step(machine, "stop pods", PODS_ASKED + KILLED_WITHIN, || end_processes(*sys));
-    step(machine, "unmount disks", DISKS_WITHIN, || unmount_disks(*sys, console));
-    step(machine, "sync", SYNC_WITHIN, || sys.sync());
-    let (word, action) = match action {
-        ShutdownAction::Reboot => ("reboot", PowerAction::Restart),
-        ShutdownAction::PowerOff => ("power off", PowerAction::Off),
+    step(machine, action, "stop pods", PODS_ASKED + KILLED_WITHIN, || end_processes(*sys));
+    step(machine, action, "unmount disks", DISKS_WITHIN, || unmount_disks(*sys, console));
+    step(machine, action, "sync", SYNC_WITHIN, || sys.sync());
+    let word = match action {
+        ShutdownAction::Reboot => "reboot",
+        ShutdownAction::PowerOff => "power off",
     };
-    guard.promise(word, POWER_WITHIN, Duration::ZERO);
+    guard.promise(word, POWER_WITHIN, Duration::ZERO, action);
     console.say(word);
     console.flush(Duration::from_secs(2));
-    if let Err(error) = sys.power(action) {
+    if let Err(error) = sys.power(power_action(action)) {
         console.say(format!("cannot {word}: {error}"));
     }
 }
@@ -91,22 +91,26 @@ pub fn finish(machine: &Machine<'_>, action: ShutdownAction) {
 /// The short way, when something is wrong with init itself or the boot failed: what was written is kept, and that
 /// is all.
 pub fn force(machine: &Machine<'_>, action: ShutdownAction, reason: &str) {
-    machine.guard.promise("the forced shutdown", SYNC_WITHIN, Duration::ZERO);
+    machine.guard.promise("the forced shutdown", SYNC_WITHIN, Duration::ZERO, action);
     record_cause(machine.sys, machine.console, action, "init", reason);
     machine.sys.sync();
     machine.console.flush(Duration::from_secs(2));
-    let power = match action {
-        ShutdownAction::Reboot => PowerAction::Restart,
-        ShutdownAction::PowerOff => PowerAction::Off,
-    };
-    if let Err(error) = machine.sys.power(power) {
+    if let Err(error) = machine.sys.power(power_action(action)) {
         machine.console.say(format!("cannot end the machine's run: {error}"));
     }
 }
 
-fn step(machine: &Machine<'_>, name: &str, within: Duration, run: impl FnOnce()) {
+/// What reboot(2) is asked for.
+pub fn power_action(action: ShutdownAction) -> PowerAction {
+    match action {
+        ShutdownAction::Reboot => PowerAction::Restart,
+        ShutdownAction::PowerOff => PowerAction::Off,
+    }
+}
+
+fn step(machine: &Machine<'_>, action: ShutdownAction, name: &str, within: Duration, run: impl FnOnce()) {
     let started = clock::uptime();
-    machine.guard.promise(&format!("shutdown step {name}"), within, Duration::ZERO);
+    machine.guard.promise(&format!("shutdown step {name}"), within, Duration::ZERO, action);
     run();
     let took = clock::millis(clock::uptime().saturating_sub(started));
     machine.console.say(format!("shutdown: {name} done in {took} ms"));

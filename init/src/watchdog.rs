@@ -1,13 +1,13 @@
 //! The guard: a thread that the main thread owes a sign of life. Before anything that could take long the main
-//! thread promises when it will be done; when that time has passed the guard says what hangs and reboots the machine by
-//! reboot(2). While all is well it feeds the hardware watchdog, which bites when this whole process, or the
-//! kernel, stands still, or when that reboot itself hangs.
+//! thread promises when it will be done; when that time has passed the guard says what hangs and ends the machine's run by
+//! reboot(2), in the way that the promise named: a power-off that hangs stays one. While all is well it feeds the
+//! hardware watchdog, which bites when this whole process, or the kernel, stands still, or when that call itself hangs.
 
 use crate::clock;
 use crate::console::Console;
 use crate::error::{Error, Result};
 use crate::shutdown;
-use crate::sys::{self, PowerAction, Syscalls, WatchdogFacts};
+use crate::sys::{self, Syscalls, WatchdogFacts};
 use atoll_spec::control::ShutdownAction;
 use std::fs::File;
 use std::io::Write;
@@ -26,8 +26,10 @@ const FEED_EVERY: Duration = Duration::from_secs(5);
 struct Promise {
     what: String,
     until: Duration,
-    /// Time for a person to read the console before the reboot.
+    /// Time for a person to read the console before the machine's run is ended.
     countdown: Duration,
+    /// How it is ended.
+    action: ShutdownAction,
 }
 
 #[derive(Debug, Default)]
@@ -57,10 +59,11 @@ impl Guard {
         Ok(guard)
     }
 
-    /// Promises to be done with this within that time. Replaces the promise before.
-    pub fn promise(&self, what: &str, within: Duration, countdown: Duration) {
+    /// Promises to be done with this within that time, or the machine's run ends by that action. Replaces the promise
+    /// before.
+    pub fn promise(&self, what: &str, within: Duration, countdown: Duration, action: ShutdownAction) {
         let until = clock::uptime() + within;
-        lock(&self.owed).promise = Some(Promise { what: what.to_owned(), until, countdown });
+        lock(&self.owed).promise = Some(Promise { what: what.to_owned(), until, countdown, action });
     }
 
     /// Nothing is owed: used only while a person is to read the console.
@@ -88,12 +91,12 @@ fn lock(owed: &Mutex<Owed>) -> MutexGuard<'_, Owed> {
 }
 
 /// Leaves the cause behind, as long as the disk takes it at once: it may be the disk that hangs.
-fn record(kernel: &Arc<impl Syscalls + Send + Sync + 'static>, console: &Console, what: &str) {
+fn record(kernel: &Arc<impl Syscalls + Send + Sync + 'static>, console: &Console, broken: Promise) {
     let (done, written) = sync_channel(1);
     let (kernel, console) = (kernel.clone(), console.clone());
-    let reason = format!("{what} did not end by its deadline");
+    let reason = format!("{} did not end by its deadline", broken.what);
     let writer = std::thread::Builder::new().name("cause".into()).spawn(move || {
-        shutdown::record_cause(&*kernel, &console, ShutdownAction::Reboot, "init", &reason);
+        shutdown::record_cause(&*kernel, &console, broken.action, "init", &reason);
         // Nobody waits any longer.
         let _ = done.send(());
     });
@@ -112,24 +115,25 @@ fn watch(owed: &Mutex<Owed>, console: &Console, kernel: &Arc<impl Syscalls + Sen
         let broken = lock(owed).promise.clone().filter(|promise| now >= promise.until);
         match (broken, overdue_since) {
             (None, Some(_)) => {
-                console.say("it has ended after all: the reboot is called off");
+                console.say("it has ended after all: nothing is forced");
                 overdue_since = None;
             }
             (None, None) => {}
             (Some(promise), None) => {
                 let seconds = promise.countdown.as_secs();
                 console.say(format!(
-                    "{} has not ended by its deadline: forced reboot in {seconds} s",
-                    promise.what
+                    "{} has not ended by its deadline: forced {} in {seconds} s",
+                    promise.what, promise.action
                 ));
                 overdue_since = Some(now);
             }
             (Some(promise), Some(since)) if now >= since + promise.countdown => {
-                record(kernel, console, &promise.what);
-                console.say("forced reboot");
+                let action = promise.action;
+                record(kernel, console, promise);
+                console.say(format!("forced {action}"));
                 console.flush(Duration::from_secs(2));
                 // If the kernel cannot even do that, nobody feeds the watchdog any more.
-                let _ = kernel.power(PowerAction::Restart);
+                let _ = kernel.power(shutdown::power_action(action));
                 return;
             }
             (Some(_), Some(_)) => {}
@@ -148,25 +152,42 @@ fn watch(owed: &Mutex<Owed>, console: &Console, kernel: &Arc<impl Syscalls + Sen
 mod tests {
     use super::*;
     use crate::sys::fake::Fake;
+    use atoll_spec::control::{REBOOT_CAUSE_FILE, RebootCause};
 
-    fn rebooted(kernel: &Fake, within: Duration) -> bool {
+    /// How the guard ended the machine's run, if it did.
+    fn ended(kernel: &Fake, within: Duration) -> Option<String> {
         let end = clock::uptime() + within;
         while clock::uptime() < end {
-            if kernel.calls().iter().any(|call| call == "power Restart") {
-                return true;
+            if let Some(call) = kernel.calls().into_iter().find(|call| call.starts_with("power ")) {
+                return Some(call);
             }
             std::thread::sleep(Duration::from_millis(10));
         }
-        false
+        None
     }
 
     #[test]
     fn a_broken_promise_reboots_and_a_kept_one_does_not() {
         let kernel = Fake::default();
         let guard = Guard::start(&Console::start(), kernel.clone()).unwrap();
-        guard.promise("kept", Duration::from_secs(100), Duration::ZERO);
-        assert!(!rebooted(&kernel, ROUND * 3));
-        guard.promise("broken", Duration::from_millis(1), Duration::from_millis(1));
-        assert!(rebooted(&kernel, Duration::from_secs(20)));
+        guard.promise("kept", Duration::from_secs(100), Duration::ZERO, ShutdownAction::Reboot);
+        assert_eq!(ended(&kernel, ROUND * 3), None);
+        let moment = Duration::from_millis(1);
+        guard.promise("broken", moment, moment, ShutdownAction::Reboot);
+        assert_eq!(ended(&kernel, Duration::from_secs(20)).as_deref(), Some("power Restart"));
+    }
+
+    #[test]
+    fn a_power_off_that_is_late_stays_one_and_is_recorded_as_one() {
+        let kernel = Fake::default();
+        kernel.file("/proc/self/mounts", "/dev/vda2 /state ext4 rw 0 0\n");
+        let guard = Guard::start(&Console::start(), kernel.clone()).unwrap();
+        let within = Duration::from_millis(1);
+        guard.promise("shutdown step unmount disks", within, Duration::ZERO, ShutdownAction::PowerOff);
+        assert_eq!(ended(&kernel, Duration::from_secs(20)).as_deref(), Some("power Off"));
+        let text = kernel.read(REBOOT_CAUSE_FILE).unwrap();
+        let cause: RebootCause = serde_json::from_str(&text).unwrap();
+        assert_eq!(cause.action, ShutdownAction::PowerOff);
+        assert!(cause.reason.contains("unmount disks did not end"), "{}", cause.reason);
     }
 }
