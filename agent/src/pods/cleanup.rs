@@ -1,14 +1,17 @@
-//! Removes what belongs to no pod any more: sandboxes, volume directories, log directories; and the files of one pod
-//! that has ended, for `worker`.
+//! Removes what belongs to no pod any more: sandboxes, volume directories, log directories; and, for `worker`, the
+//! files of one pod that has ended, and those of one run of a container.
 //!
 //! Invariant: nothing is touched before the API server's list of pods was complete, for until then every pod looks
 //! like an orphan. The runtime and the disk are looked at first and the known pods after, so that a pod that has
 //! just come is never taken for one that has gone.
 
-use super::actual::POD_UID;
+use super::actual::{Actual, POD_UID, Ran};
+use super::container_config::log_path;
 use super::context::Context;
 use super::desired::Desired;
+use super::{log_rotation, start};
 use std::collections::BTreeSet;
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -105,3 +108,41 @@ fn names(directory: &Path) -> Vec<String> {
 fn looks_like_uid(name: &str) -> bool {
     name.len() == 36 && name.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-')
 }
+/// One run of a container that the runtime is to forget.
+pub struct Run {
+    id: String,
+    /// Its container and its number; `None` when another run writes to the same files.
+    files: Option<(String, u32)>,
+}
+
+impl Run {
+    /// The run behind a container's id.
+    pub fn of(actual: &Actual, id: String) -> Self {
+        let ran = actual.containers.iter().find(|ran| ran.id == id);
+        let shares = |ran: &Ran| actual.runs(&ran.name).filter(|r| r.restarts == ran.restarts).count() > 1;
+        let files = ran.filter(|ran| !shares(ran)).map(|ran| (ran.name.clone(), ran.restarts));
+        Self { id, files }
+    }
+
+    /// Removes it, then its logs and its last words. What of these cannot be removed goes with the pod.
+    ///
+    /// # Errors
+    /// When the runtime refuses.
+    pub async fn remove(&self, ctx: &Context, desired: &Desired) -> crate::cri::Result<()> {
+        ctx.cri.remove_container(&self.id).await?;
+        let Some((name, restarts)) = &self.files else { return Ok(()) };
+        let log = ctx.dirs.pod_logs(desired).join(log_path(name, *restarts));
+        let message = start::message(&ctx.dirs.pod(&desired.key.uid), name, *restarts);
+        let rotated = log_rotation::rotated(&log);
+        for path in [log, message].into_iter().chain(rotated) {
+            match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    tracing::warn!(path = %path.display(), %error, "cannot remove a file of a run that is over");
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+

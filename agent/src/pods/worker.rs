@@ -327,9 +327,12 @@ impl Worker {
             Action::StopSandbox { id } => self.tasks.spawn(async move {
                 Done::Other(ctx.cri.stop_sandbox(&id).await.map_err(|e| e.to_string()))
             }),
-            Action::RemoveContainer { id } => self.tasks.spawn(async move {
-                Done::Other(ctx.cri.remove_container(&id).await.map_err(|e| e.to_string()))
-            }),
+            Action::RemoveContainer { id } => {
+                let run = cleanup::Run::of(actual, id);
+                self.tasks.spawn(async move {
+                    Done::Other(run.remove(&ctx, &desired).await.map_err(|e| e.to_string()))
+                })
+            }
             Action::RemoveSandbox { id } => self.tasks.spawn(async move {
                 Done::Other(ctx.cri.remove_sandbox(&id).await.map_err(|e| e.to_string()))
             }),

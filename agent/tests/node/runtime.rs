@@ -139,6 +139,17 @@ impl Runtime {
         self.held.send_replace(hold);
     }
 
+    /// Log of a run of the container in the pod of this name.
+    pub fn log_of(&self, pod: &str, run: u32) -> String {
+        let table = self.table();
+        let of = |made: &&Made| {
+            let sandbox = table.sandboxes.get(&made.sandbox);
+            let name = sandbox.and_then(|s| s.config.metadata.as_ref()).map(|m| m.name.as_str());
+            name == Some(pod) && made.config.metadata.as_ref().is_some_and(|m| m.attempt == run)
+        };
+        table.containers.values().find(of).expect("a run").log.clone()
+    }
+
     /// From now on containers end with this code as soon as they are started; `None`: they run.
     pub fn doom(&self, code: Option<i32>) {
         self.table().doomed = code;
