@@ -39,6 +39,9 @@ impl std::fmt::Display for PodKey {
     }
 }
 
+/// A hundred years, for whatever somebody wants to take for ever.
+const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);
+
 /// When a container that ended is started again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Restart {
@@ -277,7 +280,8 @@ impl Desired {
 }
 
 fn seconds(count: i64) -> Duration {
-    Duration::from_secs(u64::try_from(count).unwrap_or(0))
+    Duration::from_secs(u64::try_from(count).unwrap_or(0)).min(LONGEST)
+/// The API takes any number of seconds; a time that is added to the clock must stay one.
 }
 
 /// An ephemeral container is one of the ordinary kind with some fields forbidden.
