@@ -119,6 +119,7 @@ impl Dispatcher {
                 handle.mail.remove(None);
             }
         }
+        self.ctx.statuses.keep(&listed);
         self.known.send_replace(Some(self.handles.keys().cloned().collect()));
     }
 
@@ -168,12 +169,11 @@ impl Dispatcher {
     /// The API server has dropped a pod.
     pub fn deleted(&mut self, pod: Pod) {
         let Some(key) = PodKey::of(&pod) else { return };
-        match self.handles.get(&key.uid) {
-            Some(handle) => {
-                let last = Desired::read(key, Arc::new(pod)).ok().map(Arc::new);
-                handle.mail.remove(last);
-            }
-            None => self.ctx.statuses.forget(&key.uid),
+        // At once: another pod may have its name already.
+        self.ctx.statuses.forget(&key.uid);
+        if let Some(handle) = self.handles.get(&key.uid) {
+            let last = Desired::read(key, Arc::new(pod)).ok().map(Arc::new);
+            handle.mail.remove(last);
         }
     }
 

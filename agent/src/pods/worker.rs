@@ -125,7 +125,6 @@ impl Worker {
         loop {
             self.read_mail();
             if self.finished && self.removed {
-                self.ctx.statuses.forget(&self.desired.key.uid);
                 return;
             }
             let next = if self.finished { None } else { self.step(asleep).await };
@@ -146,7 +145,11 @@ impl Worker {
 
     fn read_mail(&mut self) {
         let (newest, removed) = self.mail.read();
-        self.removed |= removed;
+        if removed && !self.removed {
+            self.removed = true;
+            // Not only when its last container has ended: another pod may have its name already.
+            self.ctx.statuses.forget(&self.desired.key.uid);
+        }
         if let Some(desired) = newest {
             self.desired = desired;
         }

@@ -61,6 +61,8 @@ pub struct Runtime {
     tells: Events,
     /// No container is made while this is set.
     held: watch::Sender<bool>,
+    /// Nothing is run in a container and none is stopped while this is set.
+    stalled: watch::Sender<bool>,
 }
 
 fn now() -> i64 {
@@ -75,6 +77,7 @@ impl Runtime {
             events: broadcast::channel(256).0,
             tells,
             held: watch::Sender::new(false),
+            stalled: watch::Sender::new(false),
         };
         let listener = tokio::net::UnixListener::bind(socket).expect("a socket");
         let served = tonic::transport::Server::builder()
@@ -134,11 +137,6 @@ impl Runtime {
         self.table().containers[id].log.clone()
     }
 
-    /// Whether calls that make a container wait.
-    pub fn hold(&self, hold: bool) {
-        self.held.send_replace(hold);
-    }
-
     /// Log of a run of the container in the pod of this name.
     pub fn log_of(&self, pod: &str, run: u32) -> String {
         let table = self.table();
@@ -148,6 +146,16 @@ impl Runtime {
             name == Some(pod) && made.config.metadata.as_ref().is_some_and(|m| m.attempt == run)
         };
         table.containers.values().find(of).expect("a run").log.clone()
+    }
+
+    /// Whether calls that make a container wait.
+    pub fn hold(&self, hold: bool) {
+        self.held.send_replace(hold);
+    }
+
+    /// Whether calls that run something in a container, or stop it, are never answered.
+    pub fn stall(&self, stall: bool) {
+        self.stalled.send_replace(stall);
     }
 
     /// From now on containers end with this code as soon as they are started; `None`: they run.
@@ -389,6 +397,8 @@ impl RuntimeService for Runtime {
 
     async fn stop_container(&self, request: Request<StopContainerRequest>) -> Answer<StopContainerResponse> {
         drop(self.called("StopContainer"));
+        // An error would say that the test is over.
+        let _ = self.stalled.subscribe().wait_for(|stalled| !stalled).await;
         let id = request.into_inner().container_id;
         if self.table().containers.get(&id).is_some_and(|m| m.state == ContainerState::ContainerRunning) {
             self.exit(&id, 143);
@@ -454,6 +464,13 @@ impl RuntimeService for Runtime {
             ..Default::default()
         };
         Ok(Response::new(ContainerStatusResponse { status: Some(status), ..Default::default() }))
+    }
+
+    async fn exec_sync(&self, _: Request<ExecSyncRequest>) -> Answer<ExecSyncResponse> {
+        drop(self.called("ExecSync"));
+        // An error would say that the test is over.
+        let _ = self.stalled.subscribe().wait_for(|stalled| !stalled).await;
+        Ok(Response::new(ExecSyncResponse::default()))
     }
 
     async fn exec(&self, _: Request<ExecRequest>) -> Answer<ExecResponse> {
@@ -539,7 +556,6 @@ impl RuntimeService for Runtime {
         stream_containers(StreamContainersRequest) -> Self::StreamContainersStream;
         update_container_resources(UpdateContainerResourcesRequest) -> UpdateContainerResourcesResponse;
         reopen_container_log(ReopenContainerLogRequest) -> ReopenContainerLogResponse;
-        exec_sync(ExecSyncRequest) -> ExecSyncResponse;
         container_stats(ContainerStatsRequest) -> ContainerStatsResponse;
         list_container_stats(ListContainerStatsRequest) -> ListContainerStatsResponse;
         stream_container_stats(StreamContainerStatsRequest) -> Self::StreamContainerStatsStream;
