@@ -28,14 +28,10 @@ pub async fn probe(cri: &Cri, id: &str, pod_ip: &str, handler: &Handler, timeout
         Handler::Http { tls, host, port, path, headers } => {
             let address = if host.is_empty() { pod_ip } else { host };
             let request = http::Request { tls: *tls, host: address, port: *port, path, headers };
-            let url = request.url();
-            match tokio::time::timeout(timeout, request.send()).await {
-                Ok(Ok(code)) if (200..400).contains(&code) => Outcome::Success,
-                Ok(Ok(code)) => Outcome::Failure(format!("HTTP probe failed with statuscode: {code}")),
-                Ok(Err(why)) => Outcome::Failure(format!("Get \"{url}\": {why}")),
-                Err(_) => {
-                    Outcome::Failure(format!("Get \"{url}\": no answer within {} s", timeout.as_secs()))
-                }
+            match get(&request, timeout).await {
+                Ok(code) if (200..400).contains(&code) => Outcome::Success,
+                Ok(code) => Outcome::Failure(format!("HTTP probe failed with statuscode: {code}")),
+                Err(why) => Outcome::Failure(why),
             }
         }
         Handler::Tcp { host, port } => {
@@ -59,6 +55,14 @@ pub async fn probe(cri: &Cri, id: &str, pod_ip: &str, handler: &Handler, timeout
             }
         }
         Handler::Sleep(_) => Outcome::Unknown("a probe cannot sleep".into()),
+    }
+}
+
+async fn get(request: &http::Request<'_>, timeout: Duration) -> Result<u16, String> {
+    let url = request.url();
+    match tokio::time::timeout(timeout, request.send()).await {
+        Ok(answer) => answer.map_err(|why| format!("Get \"{url}\": {why}")),
+        Err(_) => Err(format!("Get \"{url}\": no answer within {} s", timeout.as_secs())),
     }
 }
 
@@ -96,12 +100,51 @@ pub async fn hook(
     handler: &Handler,
     limit: Duration,
 ) -> Result<(), String> {
-    if let Handler::Sleep(duration) = handler {
-        tokio::time::sleep((*duration).min(limit)).await;
-        return Ok(());
+    match handler {
+        Handler::Sleep(duration) => {
+            tokio::time::sleep((*duration).min(limit)).await;
+            return Ok(());
+        }
+        // A hook tells the container something: whatever it answers, it was told.
+        Handler::Http { tls, host, port, path, headers } => {
+            let address = if host.is_empty() { pod_ip } else { host };
+            let request = http::Request { tls: *tls, host: address, port: *port, path, headers };
+            return get(&request, limit).await.map(drop);
+        }
+        _ => {}
     }
     match probe(cri, id, pod_ip, handler, limit).await {
         Outcome::Success => Ok(()),
         Outcome::Failure(why) | Outcome::Unknown(why) => Err(why),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::probes::http::answering;
+
+    /// A runtime behind a socket that takes connections and never says anything.
+    fn stalled(directory: &std::path::Path) -> (Cri, tokio::net::UnixListener) {
+        let socket = directory.join("cri.sock");
+        let listener = tokio::net::UnixListener::bind(&socket).unwrap();
+        (Cri::new(&socket), listener)
+    }
+
+    #[tokio::test]
+    async fn hook_takes_any_answer_and_a_probe_does_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let (cri, _listener) = stalled(dir.path());
+        for (status, healthy) in [("204 No Content", true), ("404 Not Found", false), ("500 Error", false)] {
+            let (port, server) = answering(status, 2).await;
+            let (host, path) = ("127.0.0.1".to_owned(), "/".to_owned());
+            let handler = Handler::Http { tls: false, host, port, path, headers: Vec::new() };
+            let limit = Duration::from_secs(30);
+            assert_eq!(hook(&cri, "c", "", &handler, limit).await, Ok(()), "{status}");
+            let probed = probe(&cri, "c", "", &handler, limit).await;
+            assert_eq!(probed == Outcome::Success, healthy, "{status}: {probed:?}");
+            server.await.unwrap();
+            hook(&cri, "c", "", &handler, limit).await.expect_err("nobody listens any more");
+        }
     }
 }
