@@ -55,6 +55,7 @@ pub async fn probe(cri: &Cri, id: &str, pod_ip: &str, handler: &Handler, timeout
             }
         }
         Handler::Sleep(_) => Outcome::Unknown("a probe cannot sleep".into()),
+        Handler::Unusable(why) => Outcome::Unknown(why.clone()),
     }
 }
 
@@ -146,5 +147,14 @@ mod tests {
             server.await.unwrap();
             hook(&cri, "c", "", &handler, limit).await.expect_err("nobody listens any more");
         }
+    }
+
+    #[tokio::test]
+    async fn handler_that_cannot_be_used_says_nothing_of_the_container_and_fails_a_hook() {
+        let dir = tempfile::tempdir().unwrap();
+        let (cri, _listener) = stalled(dir.path());
+        let (handler, limit) = (Handler::Unusable("no such port".into()), Duration::from_secs(1));
+        assert_eq!(probe(&cri, "c", "", &handler, limit).await, Outcome::Unknown("no such port".into()));
+        assert_eq!(hook(&cri, "c", "", &handler, limit).await, Err("no such port".into()));
     }
 }
