@@ -5,7 +5,7 @@ use crate::cri::Cri;
 use crate::pods::desired::Handler;
 use std::time::Duration;
 use tokio::net::TcpStream;
-use tonic::Code;
+use tonic::{Code, Status};
 
 /// Most of a probe's output that is shown.
 const SHOWN: usize = 512;
@@ -78,15 +78,22 @@ async fn exec(cri: &Cri, id: &str, command: &[String], timeout: Duration) -> Out
                 text
             })
         }
-        Err(error) if error.status.code() == Code::DeadlineExceeded || timed_out(error.status.message()) => {
+        Err(error) if timed_out(&error.status) => {
             Outcome::Failure(format!("command timed out: {command:?} timed out after {}s", timeout.as_secs()))
         }
         Err(error) => Outcome::Unknown(error.to_string()),
     }
 }
 
-/// Not every runtime has a code for it.
-fn timed_out(message: &str) -> bool {
+/// Whether the command took too long. Not every runtime has a code for it; a runtime that cannot be reached says
+/// nothing about the container, whatever the words.
+fn timed_out(status: &Status) -> bool {
+    let message = status.message();
+    match status.code() {
+        Code::DeadlineExceeded => return true,
+        Code::Unavailable | Code::Cancelled => return false,
+        _ => {}
+    }
     message.contains("timeout") || message.contains("timed out") || message.contains("deadline exceeded")
 }
 
@@ -156,5 +163,13 @@ mod tests {
         let (handler, limit) = (Handler::Unusable("no such port".into()), Duration::from_secs(1));
         assert_eq!(probe(&cri, "c", "", &handler, limit).await, Outcome::Unknown("no such port".into()));
         assert_eq!(hook(&cri, "c", "", &handler, limit).await, Err("no such port".into()));
+    }
+
+    #[test]
+    fn only_the_runtime_can_say_that_a_command_took_too_long() {
+        assert!(timed_out(&Status::deadline_exceeded("")));
+        assert!(timed_out(&Status::unknown("command timed out")));
+        assert!(!timed_out(&Status::unavailable("the connection timed out")));
+        assert!(!timed_out(&Status::internal("no such container")));
     }
 }

@@ -21,6 +21,19 @@ async fn told(host: &Host, message: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn runtime_that_does_not_answer_kills_no_container() {
+    let host = Host::ready().await;
+    host.runtime.stall(true);
+    let from = Instant::now();
+    let probe = json!({ "exec": { "command": ["true"] }, "periodSeconds": 1, "failureThreshold": 1 });
+    bind(&host, "p", json!({ "livenessProbe": probe }));
+    host.wait_running("p").await;
+    until("a second probe", SOON, || (host.runtime.count(from, "ExecSync") > 1).then_some(())).await;
+    told(&host, "Liveness probe errored and resulted in unknown state: ExecSync").await;
+    assert_eq!(host.runtime.count(from, "StopContainer"), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn port_that_nobody_named_fails_its_probes_and_not_the_pod() {
     let host = Host::ready().await;
     let from = Instant::now();
