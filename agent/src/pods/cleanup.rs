@@ -55,14 +55,25 @@ async fn sandboxes(ctx: &Context, known: &Known) -> crate::cri::Result<()> {
             continue;
         }
         tracing::info!(sandbox = sandbox.id, uid, "removing a sandbox of a pod that is gone");
-        for container in containers.iter().filter(|c| c.pod_sandbox_id == sandbox.id) {
-            ctx.cri.stop_container(&container.id, ORPHAN_GRACE).await?;
-            ctx.cri.remove_container(&container.id).await?;
+        let own = containers.iter().filter(|c| c.pod_sandbox_id == sandbox.id).map(|c| c.id.as_str());
+        if let Err(error) = orphan(ctx, &sandbox.id, own).await {
+            tracing::warn!(sandbox = sandbox.id, uid, %error, "cannot remove a sandbox of a pod that is gone");
         }
-        ctx.cri.stop_sandbox(&sandbox.id).await?;
-        ctx.cri.remove_sandbox(&sandbox.id).await?;
     }
     Ok(())
+}
+
+async fn orphan(
+    ctx: &Context,
+    sandbox: &str,
+    containers: impl Iterator<Item = &str>,
+) -> crate::cri::Result<()> {
+    for container in containers {
+        ctx.cri.stop_container(container, ORPHAN_GRACE).await?;
+        ctx.cri.remove_container(container).await?;
+    }
+    ctx.cri.stop_sandbox(sandbox).await?;
+    ctx.cri.remove_sandbox(sandbox).await
 }
 
 fn directories(ctx: &Context, known: &Known) {
@@ -99,15 +110,6 @@ pub async fn remove_files(ctx: &Context, desired: &Desired) -> bool {
     true
 }
 
-fn names(directory: &Path) -> Vec<String> {
-    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
-    entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
-}
-
-/// A guard against a wrong directory in the flags.
-fn looks_like_uid(name: &str) -> bool {
-    name.len() == 36 && name.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-')
-}
 /// One run of a container that the runtime is to forget.
 pub struct Run {
     id: String,
@@ -146,3 +148,12 @@ impl Run {
     }
 }
 
+fn names(directory: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+}
+
+/// A guard against a wrong directory in the flags.
+fn looks_like_uid(name: &str) -> bool {
+    name.len() == 36 && name.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-')
+}

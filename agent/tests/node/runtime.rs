@@ -22,6 +22,8 @@ struct Table {
     pod_cidr: String,
     /// Containers end with this as soon as they are started.
     doomed: Option<i32>,
+    /// Containers that cannot be removed.
+    stuck: Vec<String>,
     /// Bytes that each container, and each volume of a sandbox by its directory, holds.
     written: BTreeMap<String, u64>,
     stored: BTreeMap<String, BTreeMap<String, u64>>,
@@ -156,6 +158,11 @@ impl Runtime {
     /// Whether calls that run something in a container, or stop it, are never answered.
     pub fn stall(&self, stall: bool) {
         self.stalled.send_replace(stall);
+    }
+
+    /// From now on this container cannot be removed.
+    pub fn stick(&self, id: &str) {
+        self.table().stuck.push(id.to_owned());
     }
 
     /// From now on containers end with this code as soon as they are started; `None`: they run.
@@ -412,6 +419,9 @@ impl RuntimeService for Runtime {
     ) -> Answer<RemoveContainerResponse> {
         let mut table = self.called("RemoveContainer");
         let id = request.into_inner().container_id;
+        if table.stuck.contains(&id) {
+            return Err(Status::internal("it cannot be removed"));
+        }
         if let Some(made) = table.containers.remove(&id) {
             self.tell(&table, &id, &made.sandbox, ContainerEventType::ContainerDeletedEvent);
         }
