@@ -1,14 +1,17 @@
-//! Removes what belongs to no pod any more: sandboxes, volume directories, log directories; and the files of one pod
-//! that has ended, for `worker`.
+//! Removes what belongs to no pod any more: sandboxes, volume directories, log directories; and, for `worker`, the
+//! files of one pod that has ended, and those of one run of a container.
 //!
 //! Invariant: nothing is touched before the API server's list of pods was complete, for until then every pod looks
 //! like an orphan. The runtime and the disk are looked at first and the known pods after, so that a pod that has
 //! just come is never taken for one that has gone.
 
-use super::actual::POD_UID;
+use super::actual::{Actual, POD_UID, Ran};
+use super::container_config::log_path;
 use super::context::Context;
 use super::desired::Desired;
+use super::{log_rotation, start};
 use std::collections::BTreeSet;
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -52,14 +55,25 @@ async fn sandboxes(ctx: &Context, known: &Known) -> crate::cri::Result<()> {
             continue;
         }
         tracing::info!(sandbox = sandbox.id, uid, "removing a sandbox of a pod that is gone");
-        for container in containers.iter().filter(|c| c.pod_sandbox_id == sandbox.id) {
-            ctx.cri.stop_container(&container.id, ORPHAN_GRACE).await?;
-            ctx.cri.remove_container(&container.id).await?;
+        let own = containers.iter().filter(|c| c.pod_sandbox_id == sandbox.id).map(|c| c.id.as_str());
+        if let Err(error) = orphan(ctx, &sandbox.id, own).await {
+            tracing::warn!(sandbox = sandbox.id, uid, %error, "cannot remove a sandbox of a pod that is gone");
         }
-        ctx.cri.stop_sandbox(&sandbox.id).await?;
-        ctx.cri.remove_sandbox(&sandbox.id).await?;
     }
     Ok(())
+}
+
+async fn orphan(
+    ctx: &Context,
+    sandbox: &str,
+    containers: impl Iterator<Item = &str>,
+) -> crate::cri::Result<()> {
+    for container in containers {
+        ctx.cri.stop_container(container, ORPHAN_GRACE).await?;
+        ctx.cri.remove_container(container).await?;
+    }
+    ctx.cri.stop_sandbox(sandbox).await?;
+    ctx.cri.remove_sandbox(sandbox).await
 }
 
 fn directories(ctx: &Context, known: &Known) {
@@ -94,6 +108,44 @@ pub async fn remove_files(ctx: &Context, desired: &Desired) -> bool {
         }
     }
     true
+}
+
+/// One run of a container that the runtime is to forget.
+pub struct Run {
+    id: String,
+    /// Its container and its number; `None` when another run writes to the same files.
+    files: Option<(String, u32)>,
+}
+
+impl Run {
+    /// The run behind a container's id.
+    pub fn of(actual: &Actual, id: String) -> Self {
+        let ran = actual.containers.iter().find(|ran| ran.id == id);
+        let shares = |ran: &Ran| actual.runs(&ran.name).filter(|r| r.restarts == ran.restarts).count() > 1;
+        let files = ran.filter(|ran| !shares(ran)).map(|ran| (ran.name.clone(), ran.restarts));
+        Self { id, files }
+    }
+
+    /// Removes it, then its logs and its last words. What of these cannot be removed goes with the pod.
+    ///
+    /// # Errors
+    /// When the runtime refuses.
+    pub async fn remove(&self, ctx: &Context, desired: &Desired) -> crate::cri::Result<()> {
+        ctx.cri.remove_container(&self.id).await?;
+        let Some((name, restarts)) = &self.files else { return Ok(()) };
+        let log = ctx.dirs.pod_logs(desired).join(log_path(name, *restarts));
+        let message = start::message(&ctx.dirs.pod(&desired.key.uid), name, *restarts);
+        let rotated = log_rotation::rotated(&log);
+        for path in [log, message].into_iter().chain(rotated) {
+            match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    tracing::warn!(path = %path.display(), %error, "cannot remove a file of a run that is over");
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
 }
 
 fn names(directory: &Path) -> Vec<String> {

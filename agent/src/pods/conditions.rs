@@ -1,7 +1,7 @@
 //! A pod's conditions ◇: PodReadyToStartContainers, Initialized, Ready, ContainersReady, PodScheduled.
 //!
-//! Called by `status`. Conditions of other writers (readiness gates, schedulers) pass through untouched; a
-//! condition's transition time changes with its status only.
+//! Called by `status`. Conditions of other writers (readiness gates, schedulers) are those of the API server's newest
+//! copy, untouched; a condition's transition time changes with its status only.
 
 use super::desired::{Desired, Role};
 use jiff::Timestamp;
@@ -36,7 +36,7 @@ pub fn conditions(
     old: &[api::PodCondition],
     now: Timestamp,
 ) -> Vec<api::PodCondition> {
-    let others: Vec<_> = old.iter().filter(|c| !OWNED.contains(&c.type_.as_str())).cloned().collect();
+    let others = of_others(desired);
     let containers_ready = containers_ready(desired, phase, statuses);
     let ready = match &containers_ready {
         Verdict { status: true, .. } => readiness_gates(desired, &others),
@@ -50,6 +50,12 @@ pub fn conditions(
     let made =
         OWNED.into_iter().zip(own).map(|(name, verdict)| condition(name, verdict, generation, old, now));
     others.into_iter().chain(made).collect()
+}
+
+/// What others say of the pod. Never from the node's own last status: that one is as old as the node's last look.
+fn of_others(desired: &Desired) -> Vec<api::PodCondition> {
+    let all = desired.pod.status.as_ref().and_then(|status| status.conditions.as_ref());
+    all.into_iter().flatten().filter(|c| !OWNED.contains(&c.type_.as_str())).cloned().collect()
 }
 
 fn condition(

@@ -39,6 +39,9 @@ impl std::fmt::Display for PodKey {
     }
 }
 
+/// A hundred years, for whatever somebody wants to take for ever.
+const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);
+
 /// When a container that ended is started again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Restart {
@@ -119,6 +122,8 @@ pub enum Handler {
     },
     /// Waits (hooks only).
     Sleep(Duration),
+    /// Cannot be done as it is written, and why. It fails where it is used, and the pod runs.
+    Unusable(String),
 }
 
 /// A probe with its defaults filled in.
@@ -228,13 +233,13 @@ impl Desired {
         for container in spec.init_containers.iter().flatten() {
             let sidecar = container.restart_policy.as_deref() == Some("Always");
             let role = if sidecar { Role::Sidecar } else { Role::Init };
-            containers.push(read_container(container, role, policy)?);
+            containers.push(read_container(container, role, policy));
         }
         for container in &spec.containers {
-            containers.push(read_container(container, Role::Main, policy)?);
+            containers.push(read_container(container, Role::Main, policy));
         }
         for container in spec.ephemeral_containers.iter().flatten() {
-            containers.push(read_container(&ordinary(container)?, Role::Ephemeral, Restart::Never)?);
+            containers.push(read_container(&ordinary(container)?, Role::Ephemeral, Restart::Never));
         }
         let grace = seconds(spec.termination_grace_period_seconds.unwrap_or(30));
         let deleted = pod.metadata.deletion_timestamp.as_ref().map(|_| {
@@ -276,8 +281,9 @@ impl Desired {
     }
 }
 
+/// The API takes any number of seconds; a time that is added to the clock must stay one.
 fn seconds(count: i64) -> Duration {
-    Duration::from_secs(u64::try_from(count).unwrap_or(0))
+    Duration::from_secs(u64::try_from(count).unwrap_or(0)).min(LONGEST)
 }
 
 /// An ephemeral container is one of the ordinary kind with some fields forbidden.
@@ -286,22 +292,17 @@ fn ordinary(container: &api::EphemeralContainer) -> Result<api::Container, Strin
     serde_json::to_value(container).and_then(serde_json::from_value).map_err(wrong)
 }
 
-fn read_container(spec: &api::Container, role: Role, policy: Restart) -> Result<Container, String> {
+fn read_container(spec: &api::Container, role: Role, policy: Restart) -> Container {
     let own = Restart::parse(spec.restart_policy.as_deref());
     // An init container of an `Always` pod has to succeed once: it is restarted on failure.
     let inherited = if role == Role::Init && policy == Restart::Always { Restart::OnFailure } else { policy };
-    let named = |what: &str, error: String| format!("container {}: {what}: {error}", spec.name);
-    let probe = |what, probe: &Option<api::Probe>| {
-        probe.as_ref().map(|p| read_probe(spec, p)).transpose().map_err(|e| named(what, e))
-    };
+    let probe = |probe: &Option<api::Probe>| probe.as_ref().map(|p| read_probe(spec, p));
     let lifecycle = spec.lifecycle.as_ref();
-    let hook = |what, handler: Option<&api::LifecycleHandler>| {
-        handler.map(|h| read_hook(spec, h)).transpose().map(Option::flatten).map_err(|e| named(what, e))
-    };
+    let hook = |handler: &Option<api::LifecycleHandler>| handler.as_ref().and_then(|h| read_hook(spec, h));
     let image = spec.image.clone().unwrap_or_default();
     let mut hasher = DefaultHasher::new();
     (&spec.name, &image).hash(&mut hasher);
-    Ok(Container {
+    Container {
         name: spec.name.clone(),
         role,
         pull: match spec.image_pull_policy.as_deref() {
@@ -311,18 +312,18 @@ fn read_container(spec: &api::Container, role: Role, policy: Restart) -> Result<
         },
         restart: own.unwrap_or(inherited),
         restart_rules: spec.restart_policy_rules.clone().unwrap_or_default(),
-        startup: probe("startupProbe", &spec.startup_probe)?,
-        liveness: probe("livenessProbe", &spec.liveness_probe)?,
-        readiness: probe("readinessProbe", &spec.readiness_probe)?,
-        post_start: hook("postStart", lifecycle.and_then(|l| l.post_start.as_ref()))?,
-        pre_stop: hook("preStop", lifecycle.and_then(|l| l.pre_stop.as_ref()))?,
+        startup: probe(&spec.startup_probe),
+        liveness: probe(&spec.liveness_probe),
+        readiness: probe(&spec.readiness_probe),
+        post_start: lifecycle.and_then(|l| hook(&l.post_start)),
+        pre_stop: lifecycle.and_then(|l| hook(&l.pre_stop)),
         hash: hasher.finish(),
         image,
         spec: Arc::new(spec.clone()),
-    })
+    }
 }
 
-fn read_probe(container: &api::Container, probe: &api::Probe) -> Result<Probe, String> {
+fn read_handler(container: &api::Container, probe: &api::Probe) -> Result<Handler, String> {
     let handler = if let Some(exec) = &probe.exec {
         Handler::Exec(exec.command.clone().unwrap_or_default())
     } else if let Some(http) = &probe.http_get {
@@ -337,19 +338,23 @@ fn read_probe(container: &api::Container, probe: &api::Probe) -> Result<Probe, S
     } else {
         return Err("it has no handler".into());
     };
+    Ok(handler)
+}
+
+fn read_probe(container: &api::Container, probe: &api::Probe) -> Probe {
     let count = |value: Option<i32>, default: u32| {
         value.and_then(|v| u32::try_from(v).ok()).filter(|v| *v > 0).unwrap_or(default)
     };
     let duration = |value, default| Duration::from_secs(count(value, default).into());
-    Ok(Probe {
-        handler,
+    Probe {
+        handler: read_handler(container, probe).unwrap_or_else(Handler::Unusable),
         initial_delay: Duration::from_secs(count(probe.initial_delay_seconds, 0).into()),
         period: duration(probe.period_seconds, 10),
         timeout: duration(probe.timeout_seconds, 1),
         successes: count(probe.success_threshold, 1),
         failures: count(probe.failure_threshold, 3),
         grace: probe.termination_grace_period_seconds.map(seconds),
-    })
+    }
 }
 
 fn read_http(container: &api::Container, http: &api::HTTPGetAction) -> Result<Handler, String> {
@@ -364,13 +369,13 @@ fn read_http(container: &api::Container, http: &api::HTTPGetAction) -> Result<Ha
 }
 
 /// `None` for a TCP hook, which has never had an effect.
-fn read_hook(container: &api::Container, hook: &api::LifecycleHandler) -> Result<Option<Handler>, String> {
+fn read_hook(container: &api::Container, hook: &api::LifecycleHandler) -> Option<Handler> {
     if let Some(exec) = &hook.exec {
-        Ok(Some(Handler::Exec(exec.command.clone().unwrap_or_default())))
+        Some(Handler::Exec(exec.command.clone().unwrap_or_default()))
     } else if let Some(http) = &hook.http_get {
-        read_http(container, http).map(Some)
+        Some(read_http(container, http).unwrap_or_else(Handler::Unusable))
     } else {
-        Ok(hook.sleep.as_ref().map(|s| Handler::Sleep(seconds(s.seconds))))
+        hook.sleep.as_ref().map(|s| Handler::Sleep(seconds(s.seconds)))
     }
 }
 
@@ -411,6 +416,17 @@ mod tests {
         let http =
             Handler::Http { tls: false, host: String::new(), port: 80, path: "/".into(), headers: vec![] };
         assert_eq!(probe.handler, http);
+    }
+
+    #[test]
+    fn port_without_a_name_spoils_its_probe_or_hook_alone() {
+        let desired = pod("{containers: [{name: a, image: i, ports: [{name: web, containerPort: 80}],
+               livenessProbe: {tcpSocket: {port: wbe}}, readinessProbe: {httpGet: {port: web}},
+               lifecycle: {preStop: {httpGet: {port: wbe}}}}]}");
+        let why = Handler::Unusable("no port of the container is named 'wbe'".into());
+        let a = &desired.containers[0];
+        assert_eq!((&a.liveness.as_ref().unwrap().handler, a.pre_stop.as_ref()), (&why, Some(&why)));
+        assert!(matches!(a.readiness.as_ref().unwrap().handler, Handler::Http { port: 80, .. }));
     }
 
     #[test]

@@ -16,8 +16,14 @@ use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
+
+const FIRST_WAIT: Duration = Duration::from_secs(1);
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
+/// After this long a worker's end has nothing to do with the one before it.
+const FORGIVEN: Duration = Duration::from_secs(600);
 
 /// A worker's mailbox: it holds the newest copy only.
 #[derive(Default)]
@@ -63,6 +69,16 @@ impl Mailbox {
 struct Handle {
     mail: Arc<Mailbox>,
     desired: Arc<Desired>,
+    /// The newest worker's start, and how long it was put off.
+    begun: Instant,
+    put_off: Duration,
+}
+
+/// How long the next worker is put off after one that ended by itself `ran` after it was asked for: whatever it
+/// stumbled over is most often still there.
+fn put_off(before: Duration, ran: Duration) -> Duration {
+    let before = if ran > FORGIVEN { Duration::ZERO } else { before };
+    (before * 2).clamp(FIRST_WAIT, LONGEST_WAIT)
 }
 
 /// Owns the workers.
@@ -103,6 +119,7 @@ impl Dispatcher {
                 handle.mail.remove(None);
             }
         }
+        self.ctx.statuses.keep(&listed);
         self.known.send_replace(Some(self.handles.keys().cloned().collect()));
     }
 
@@ -124,7 +141,8 @@ impl Dispatcher {
                 handle.mail.put(desired);
             }
             None => {
-                self.handles.insert(uid.clone(), Handle { mail: Arc::default(), desired });
+                let (begun, put_off) = (Instant::now(), Duration::ZERO);
+                self.handles.insert(uid.clone(), Handle { mail: Arc::default(), desired, begun, put_off });
                 self.spawn(&uid);
                 self.tell_known();
             }
@@ -151,12 +169,11 @@ impl Dispatcher {
     /// The API server has dropped a pod.
     pub fn deleted(&mut self, pod: Pod) {
         let Some(key) = PodKey::of(&pod) else { return };
-        match self.handles.get(&key.uid) {
-            Some(handle) => {
-                let last = Desired::read(key, Arc::new(pod)).ok().map(Arc::new);
-                handle.mail.remove(last);
-            }
-            None => self.ctx.statuses.forget(&key.uid),
+        // At once: another pod may have its name already.
+        self.ctx.statuses.forget(&key.uid);
+        if let Some(handle) = self.handles.get(&key.uid) {
+            let last = Desired::read(key, Arc::new(pod)).ok().map(Arc::new);
+            handle.mail.remove(last);
         }
     }
 
@@ -175,8 +192,9 @@ impl Dispatcher {
     fn spawn(&mut self, uid: &str) {
         let Some(handle) = self.handles.get(uid) else { return };
         let worker = Worker::new(self.ctx.clone(), handle.mail.clone(), handle.desired.clone());
-        let name = uid.to_owned();
+        let (name, put_off) = (uid.to_owned(), handle.put_off);
         let task = self.workers.spawn(async move {
+            tokio::time::sleep(put_off).await;
             worker.run().await;
             name
         });
@@ -203,9 +221,30 @@ impl Dispatcher {
             }
             Err(error) => {
                 let Some(uid) = self.tasks.remove(&error.id()) else { return };
-                tracing::error!(uid, %error, "a pod's worker ended by itself; starting another one");
+                let Some(handle) = self.handles.get_mut(&uid) else { return };
+                handle.put_off = put_off(handle.put_off, handle.begun.elapsed());
+                handle.begun = Instant::now();
+                let wait = handle.put_off.as_secs();
+                tracing::error!(uid, %error, wait, "a pod's worker ended by itself; starting another one");
                 self.spawn(&uid);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workers_that_end_by_themselves_are_put_off_longer_each_time() {
+        let mut wait = Duration::ZERO;
+        let mut next = |ran: Duration| {
+            wait = put_off(wait, ran);
+            wait.as_secs()
+        };
+        let at_once: Vec<u64> = (0..8).map(|_| next(Duration::ZERO)).collect();
+        assert_eq!(at_once, [1, 2, 4, 8, 16, 32, 60, 60]);
+        assert_eq!(next(FORGIVEN + FIRST_WAIT), 1);
     }
 }

@@ -103,6 +103,30 @@ mod tests {
     }
 
     #[test]
+    fn longest_grace_is_a_time() {
+        let metadata = "{namespace: ns, name: p, uid: u, deletionTimestamp: '1970-01-01T00:16:00Z',
+            deletionGracePeriodSeconds: 9223372036854775807}";
+        let spec = "{terminationGracePeriodSeconds: 9223372036854775807,
+            activeDeadlineSeconds: 9223372036854775807, containers: [{name: a, image: i}]}";
+        let seen = actual(vec![ran("a", 0, State::Running, 0)]);
+        let now = Timestamp::now();
+        let status = "{startTime: '2026-01-01T00:00:00Z'}";
+        for metadata in [metadata, "{namespace: ns, name: p, uid: u}"] {
+            let desired = pod_with(metadata, spec, status);
+            let status = desired.pod.status.clone().unwrap();
+            let stop = match decide(&desired, &seen, false, None, None, &status, now) {
+                Fate::End { grace, .. } => now + grace,
+                Fate::Run => now + desired.grace,
+            };
+            let stop = plan::Stop { why: String::new(), deadline: stop, remove: true };
+            let plan = plan::stop(&desired, &seen, &plan::Memory::default(), &stop, now);
+            assert!(
+                matches!(&plan.actions[..], [plan::Action::Kill { grace, .. }] if now + *grace == stop.deadline)
+            );
+        }
+    }
+
+    #[test]
     fn fates() {
         let spec = "{restartPolicy: Never, activeDeadlineSeconds: 100, containers: [{name: a, image: i}]}";
         let started = |second: &str| format!("{{startTime: '1970-01-01T00:{second}Z'}}");

@@ -76,18 +76,24 @@ async fn rotate(ctx: &Context, id: &str, path: &Path) {
     remove_oldest(path);
 }
 
-fn remove_oldest(path: &Path) {
+/// Files that a log was rotated to, the oldest first.
+pub fn rotated(path: &Path) -> Vec<PathBuf> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name().and_then(|n| n.to_str())) else {
-        return;
+        return Vec::new();
     };
     let prefix = format!("{name}.");
     let entries = std::fs::read_dir(parent).into_iter().flatten().flatten();
     let mut old: Vec<_> =
         entries.filter_map(|e| e.file_name().into_string().ok()).filter(|n| n.starts_with(&prefix)).collect();
     old.sort();
-    for name in &old[..old.len().saturating_sub(KEPT)] {
-        if let Err(error) = std::fs::remove_file(parent.join(name)) {
-            tracing::warn!(name, %error, "cannot remove an old log");
+    old.into_iter().map(|name| parent.join(name)).collect()
+}
+
+fn remove_oldest(path: &Path) {
+    let old = rotated(path);
+    for path in &old[..old.len().saturating_sub(KEPT)] {
+        if let Err(error) = std::fs::remove_file(path) {
+            tracing::warn!(path = %path.display(), %error, "cannot remove an old log");
         }
     }
 }

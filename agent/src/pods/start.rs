@@ -151,8 +151,7 @@ async fn configure(
     let pod_dir = ctx.dirs.pod(&desired.key.uid);
     let hosts = pod_dir.join("etc-hosts");
     let text = dns::hosts_file(desired, &start.ips, &ctx.cluster_dns().domain);
-    let message =
-        pod_dir.join("containers").join(&container.name).join(format!("{}.message", start.restarts));
+    let message = message(&pod_dir, &container.name, start.restarts);
     write(&hosts, &text, 0o644)?;
     write(&message, "", 0o666)?;
     log_directory(&ctx.dirs.pod_logs(desired).join(&container.name))?;
@@ -172,6 +171,11 @@ async fn configure(
         places: &places,
         node_memory: ctx.shared.capacity.memory_bytes,
     })
+}
+
+/// Where a run of a container leaves its last words, under the directory of its pod.
+pub fn message(pod: &Path, container: &str, restarts: u32) -> PathBuf {
+    pod.join("containers").join(container).join(format!("{restarts}.message"))
 }
 
 /// Log files are the runtime's, for its user and group only. They take the group of this directory, which is ours.

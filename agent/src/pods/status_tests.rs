@@ -11,6 +11,8 @@ struct Case<'a> {
     ending: bool,
     stopped: bool,
     failed: Option<(&'a str, &'a str)>,
+    /// The node's own last status; `None`: what the API server has.
+    old: Option<api::PodStatus>,
 }
 
 fn case<'a>(desired: &'a Desired, actual: Actual) -> Case<'a> {
@@ -22,12 +24,13 @@ fn case<'a>(desired: &'a Desired, actual: Actual) -> Case<'a> {
         ending: false,
         stopped: false,
         failed: None,
+        old: None,
     }
 }
 
 fn show(case: &Case<'_>) -> api::PodStatus {
     let probed = |r: &Ran| (r.id.clone(), Probed { started: true, ready: case.ready, kill: None });
-    let old = case.desired.pod.status.clone().unwrap_or_default();
+    let old = case.old.clone().or_else(|| case.desired.pod.status.clone()).unwrap_or_default();
     compute(&Inputs {
         desired: case.desired,
         actual: &case.actual,
@@ -209,6 +212,30 @@ fn readiness_gates_and_transition_times() {
     assert!(conditions(&status).contains(&"-Ready(ReadinessGatesNotReady)".into()));
     let initialized = status.conditions.as_ref().unwrap().iter().find(|c| c.type_ == "Initialized").unwrap();
     assert!(initialized.last_transition_time.as_ref().unwrap().0.to_string().starts_with("2020"));
+}
+
+#[test]
+fn readiness_gate_is_what_the_newest_copy_says() {
+    let at = |gate: &str, old: api::PodStatus| {
+        let desired = pod_with(
+            "{namespace: ns, name: p, uid: u}",
+            "{readinessGates: [{conditionType: x/y}], containers: [{name: a, image: i}]}",
+            &format!("{{conditions: [{gate}]}}"),
+        );
+        let mut case = case(&desired, actual(vec![ran("a", 0, State::Running, 0)]));
+        case.old = Some(old);
+        show(&case)
+    };
+    let ready = |status: &api::PodStatus| conditions(status).contains(&"Ready".to_owned());
+    let unmet = "-Ready(ReadinessGatesNotReady)".to_owned();
+    let absent = at("", api::PodStatus::default());
+    assert!(conditions(&absent).contains(&unmet));
+    let met = at("{type: x/y, status: 'True'}", absent);
+    assert!(ready(&met), "{:?}", conditions(&met));
+    let taken_back = at("{type: x/y, status: 'False'}", met.clone());
+    assert!(conditions(&taken_back).contains(&unmet));
+    // Its writer may also remove it.
+    assert!(conditions(&at("", met)).contains(&unmet));
 }
 
 #[test]

@@ -13,7 +13,7 @@ use super::desired::PodKey;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use kube::api::{Api, DeleteParams, Patch, PatchParams, Preconditions};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
@@ -123,6 +123,13 @@ impl Statuses {
     pub fn forget(&self, uid: &str) {
         let mut state = self.lock();
         state.entries.remove(uid);
+        self.show(&state);
+    }
+
+    /// Forgets the pods that the API server does not have any more: all but these.
+    pub fn keep(&self, uids: &BTreeSet<String>) {
+        let mut state = self.lock();
+        state.entries.retain(|uid, _| uids.contains(uid));
         self.show(&state);
     }
 
@@ -368,6 +375,18 @@ mod tests {
             }
         });
         assert_eq!(missed.into_inner(), 0);
+    }
+
+    #[tokio::test]
+    async fn pods_that_are_not_listed_are_not_shown() {
+        let statuses = offline();
+        for name in ["a", "b"] {
+            let (key, pod) = named(name);
+            statuses.set(&key, &pod, PodStatus::default(), false);
+        }
+        statuses.keep(&["uid-b".to_owned()].into());
+        let shown: Vec<_> = statuses.shown.borrow().iter().map(|pod| pod.metadata.name.clone()).collect();
+        assert_eq!(shown, [Some("b".to_owned())]);
     }
 
     #[tokio::test]

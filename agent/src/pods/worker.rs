@@ -125,7 +125,6 @@ impl Worker {
         loop {
             self.read_mail();
             if self.finished && self.removed {
-                self.ctx.statuses.forget(&self.desired.key.uid);
                 return;
             }
             let next = if self.finished { None } else { self.step(asleep).await };
@@ -146,7 +145,11 @@ impl Worker {
 
     fn read_mail(&mut self) {
         let (newest, removed) = self.mail.read();
-        self.removed |= removed;
+        if removed && !self.removed {
+            self.removed = true;
+            // Not only when its last container has ended: another pod may have its name already.
+            self.ctx.statuses.forget(&self.desired.key.uid);
+        }
         if let Some(desired) = newest {
             self.desired = desired;
         }
@@ -327,9 +330,12 @@ impl Worker {
             Action::StopSandbox { id } => self.tasks.spawn(async move {
                 Done::Other(ctx.cri.stop_sandbox(&id).await.map_err(|e| e.to_string()))
             }),
-            Action::RemoveContainer { id } => self.tasks.spawn(async move {
-                Done::Other(ctx.cri.remove_container(&id).await.map_err(|e| e.to_string()))
-            }),
+            Action::RemoveContainer { id } => {
+                let run = cleanup::Run::of(actual, id);
+                self.tasks.spawn(async move {
+                    Done::Other(run.remove(&ctx, &desired).await.map_err(|e| e.to_string()))
+                })
+            }
             Action::RemoveSandbox { id } => self.tasks.spawn(async move {
                 Done::Other(ctx.cri.remove_sandbox(&id).await.map_err(|e| e.to_string()))
             }),

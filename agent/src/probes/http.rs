@@ -64,27 +64,38 @@ impl Request<'_> {
     }
 }
 
+/// A server on this machine that answers so many requests with this status.
 #[cfg(test)]
-mod tests {
-    use super::*;
+pub async fn answering(status: &'static str, times: usize) -> (u16, tokio::task::JoinHandle<Vec<String>>) {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-
-    #[tokio::test]
-    async fn asks_and_reads_the_status() {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let server = tokio::spawn(async move {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let server = tokio::spawn(async move {
+        let mut seen = Vec::new();
+        for _ in 0..times {
             let (mut stream, _) = listener.accept().await.unwrap();
             let mut buffer = vec![0; 1024];
             let read = stream.read(&mut buffer).await.unwrap();
-            stream.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").await.unwrap();
-            String::from_utf8(buffer[..read].to_vec()).unwrap()
-        });
+            stream.write_all(format!("HTTP/1.1 {status}\r\n\r\n").as_bytes()).await.unwrap();
+            seen.push(String::from_utf8(buffer[..read].to_vec()).unwrap());
+        }
+        seen
+    });
+    (port, server)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn asks_and_reads_the_status() {
+        let (port, server) = answering("204 No Content", 1).await;
         let headers = [("Host".to_owned(), "web.example".to_owned())];
         let request =
             Request { tls: false, host: "127.0.0.1", port, path: "/healthz?x=1", headers: &headers };
         assert_eq!(request.send().await, Ok(204));
-        let seen = server.await.unwrap().to_lowercase();
+        let seen = server.await.unwrap()[0].to_lowercase();
         assert!(seen.starts_with("get /healthz?x=1 http/1.1"), "{seen}");
         assert!(seen.contains("host: web.example") && seen.contains("user-agent: kube-probe/"), "{seen}");
     }

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Called by [`super::Volumes`] alone. Invariants: nothing is written when nothing changed; no path leaves the
-//! directory.
+//! directory; a write that was cut short anywhere is made whole by the next one.
 
 use super::content::File;
 use std::collections::BTreeSet;
@@ -38,9 +38,17 @@ pub fn write(directory: &Path, files: &[File], group: Option<u32>) -> Result<(),
     fs::DirBuilder::new().recursive(true).mode(0o755).create(directory).map_err(at(directory))?;
     let link = directory.join(DATA);
     let old = fs::read_link(&link).ok();
-    if old.as_ref().is_some_and(|old| same(&directory.join(old), files)) {
-        return Ok(());
-    }
+    let current = match old {
+        Some(old) if same(&directory.join(&old), files) => old,
+        _ => replace(directory, &link, files, group)?,
+    };
+    // Also when nothing changed: whoever replaced the files may have come no further.
+    names(directory, files)?;
+    remove_strays(directory, &current)
+}
+
+/// Writes a new set of files and lets the link name it; answers its directory's name.
+fn replace(directory: &Path, link: &Path, files: &[File], group: Option<u32>) -> Result<PathBuf, Failure> {
     let stamp = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos());
     let fresh = format!("..{stamp}");
     let target = directory.join(&fresh);
@@ -54,11 +62,20 @@ pub fn write(directory: &Path, files: &[File], group: Option<u32>) -> Result<(),
         _ => {}
     }
     symlink(&fresh, &staged).map_err(at(&staged))?;
-    fs::rename(&staged, &link).map_err(at(&link))?;
-    names(directory, files)?;
-    if let Some(old) = old {
-        let old = directory.join(old);
-        fs::remove_dir_all(&old).map_err(at(&old))?;
+    fs::rename(&staged, link).map_err(at(link))?;
+    Ok(fresh.into())
+}
+
+/// Removes every set of files but the current one.
+fn remove_strays(directory: &Path, current: &Path) -> Result<(), Failure> {
+    for entry in fs::read_dir(directory).map_err(at(directory))? {
+        let entry = entry.map_err(at(directory))?;
+        let name = entry.file_name();
+        let is_set = name.to_string_lossy().starts_with("..") && entry.file_type().is_ok_and(|t| t.is_dir());
+        if is_set && Path::new(&name) != current {
+            let path = directory.join(&name);
+            fs::remove_dir_all(&path).map_err(at(&path))?;
+        }
     }
     Ok(())
 }
@@ -151,6 +168,25 @@ mod tests {
         assert_eq!(listing(&volume), ["a"]);
         assert_eq!(fs::read_to_string(volume.join("a")).unwrap(), "3");
         assert!(!volume.join(first).exists());
+    }
+
+    #[test]
+    fn write_of_the_same_files_finishes_one_that_was_cut_short() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = dir.path().join("v");
+        let files = [file("a", "1"), file("d/e", "2")];
+        write(&volume, &files, None).unwrap();
+        let current = fs::read_link(volume.join(DATA)).unwrap();
+        fs::remove_file(volume.join("a")).unwrap();
+        fs::remove_file(volume.join("d")).unwrap();
+        symlink("..data/gone", volume.join("gone")).unwrap();
+        fs::create_dir(volume.join("..1")).unwrap();
+        fs::write(volume.join("..1/a"), "0").unwrap();
+        write(&volume, &files, None).unwrap();
+        assert_eq!(listing(&volume), ["a", "d"]);
+        assert_eq!(fs::read_to_string(volume.join("d/e")).unwrap(), "2");
+        assert_eq!(fs::read_link(volume.join(DATA)).unwrap(), current);
+        assert!(!volume.join("..1").exists());
     }
 
     #[test]

@@ -274,3 +274,23 @@ async fn agent_killed_while_the_supervisor_is_away_adopts_its_pods_when_it_is_ba
     assert_eq!(host.runtime.running("stays").len(), 1);
     assert_eq!(host.runtime.pod_cidr(), POD_CIDR);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn orphan_that_cannot_be_removed_keeps_no_other_from_being_removed() {
+    let mut host = Host::ready().await;
+    for name in ["a", "b", "c"] {
+        host.bind(name, Value::Null);
+        host.wait_running(name).await;
+    }
+    host.kill();
+    for name in ["a", "b", "c"] {
+        host.cluster.remove(&format!("{PODS}/{name}"));
+    }
+    // Sandboxes are listed in the order in which they were made.
+    for name in ["a", "b"] {
+        host.runtime.stick(&host.runtime.running(name)[0]);
+    }
+    host.start();
+    until("the third to go", SOON, || (host.runtime.pods().len() == 2).then_some(())).await;
+    assert!(host.runtime.running("c").is_empty());
+}

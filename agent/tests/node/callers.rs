@@ -2,7 +2,7 @@
 //! nothing is done.
 
 use crate::cluster::{Reach, authority, client_certificate};
-use crate::host::{Host, SOON};
+use crate::host::{Host, PODS, SOON};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree as _;
 use proptest::test_runner::TestRunner;
@@ -122,6 +122,23 @@ async fn caller_with_every_right_is_served() {
     // The pretend runtime executes nothing, but it is asked: what the other tests look for can happen.
     send(&host, Some(&admin), &get("/exec/default/p/main?command=id&output=1", None)).await.unwrap();
     assert_eq!(done(&host, from), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn name_that_was_given_to_another_pod_leads_to_that_one() {
+    let host = host().await;
+    let admin = client_certificate(host.cluster.ca(), "admin", "g", ClientAuth);
+    host.cluster.allow("admin", "get", "proxy");
+    let old = host.runtime.running("p");
+    host.runtime.stall(true);
+    host.cluster.remove(&format!("{PODS}/p"));
+    host.bind("p", Value::Null);
+    host.wait_running("p").await;
+    let new = host.runtime.running("p").into_iter().find(|id| !old.contains(id)).expect("another container");
+    let (status, body) =
+        send(&host, Some(&admin), &get("/containerLogs/default/p/main", None)).await.unwrap();
+    assert!(status == 200 && body.contains(&format!("hello from {new}")), "{body}");
+    assert_eq!(host.runtime.running("p").len(), 2, "the old one is still there");
 }
 
 #[tokio::test(flavor = "multi_thread")]

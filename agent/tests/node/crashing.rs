@@ -119,11 +119,31 @@ async fn after_the_back_off(host: &Host, pod: &str, second: Instant) {
     check(&written(host, pod), &CRASHES, &needed);
 }
 
+/// Files of the runs of a pod's container, in its order: logs, and last words.
+fn kept(host: &Host, pod: &str) -> [Vec<String>; 2] {
+    let object = host.cluster.get(&format!("{PODS}/{pod}")).expect("the pod");
+    let uid = object["metadata"]["uid"].as_str().expect("a uid");
+    let logs = format!("logs/default_{pod}_{uid}/main");
+    [logs, format!("pods/{uid}/containers/main")].map(|directory| {
+        let entries = std::fs::read_dir(host.path(&directory)).expect("a directory");
+        let mut names: Vec<_> =
+            entries.map(|entry| entry.expect("an entry").file_name().into_string().expect("text")).collect();
+        names.sort();
+        names
+    })
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn crashing_container_shows_terminated_then_runs_then_waits_longer_each_time() {
     let host = Host::ready().await;
     let second = crash_twice(&host, "crashes").await;
+    let first = host.runtime.log_of("crashes", 0);
+    std::fs::write(format!("{first}.20260101-000000"), "").expect("written");
     after_the_back_off(&host, "crashes", second).await;
+    let newest = [["1.log", "2.log"], ["1.message", "2.message"]].map(|two| two.map(str::to_owned).to_vec());
+    until("only the newest two runs' files", SOON, || (kept(&host, "crashes") == newest).then_some(())).await;
+    let previous = std::fs::read_to_string(host.runtime.log_of("crashes", 1)).expect("the previous log");
+    assert!(previous.contains("hello from"), "{previous}");
     let events = || host.cluster.objects("/api/v1/namespaces/default/events/");
     for delay in ["10s", "20s"] {
         until("an event that names the wait", SOON, || {

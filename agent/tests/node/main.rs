@@ -10,5 +10,6 @@ mod crashing;
 mod host;
 mod idle;
 mod joining;
+mod probing;
 mod runtime;
 mod storage;

@@ -22,6 +22,8 @@ struct Table {
     pod_cidr: String,
     /// Containers end with this as soon as they are started.
     doomed: Option<i32>,
+    /// Containers that cannot be removed.
+    stuck: Vec<String>,
     /// Bytes that each container, and each volume of a sandbox by its directory, holds.
     written: BTreeMap<String, u64>,
     stored: BTreeMap<String, BTreeMap<String, u64>>,
@@ -61,6 +63,8 @@ pub struct Runtime {
     tells: Events,
     /// No container is made while this is set.
     held: watch::Sender<bool>,
+    /// Nothing is run in a container and none is stopped while this is set.
+    stalled: watch::Sender<bool>,
 }
 
 fn now() -> i64 {
@@ -75,6 +79,7 @@ impl Runtime {
             events: broadcast::channel(256).0,
             tells,
             held: watch::Sender::new(false),
+            stalled: watch::Sender::new(false),
         };
         let listener = tokio::net::UnixListener::bind(socket).expect("a socket");
         let served = tonic::transport::Server::builder()
@@ -134,9 +139,30 @@ impl Runtime {
         self.table().containers[id].log.clone()
     }
 
+    /// Log of a run of the container in the pod of this name.
+    pub fn log_of(&self, pod: &str, run: u32) -> String {
+        let table = self.table();
+        let of = |made: &&Made| {
+            let sandbox = table.sandboxes.get(&made.sandbox);
+            let name = sandbox.and_then(|s| s.config.metadata.as_ref()).map(|m| m.name.as_str());
+            name == Some(pod) && made.config.metadata.as_ref().is_some_and(|m| m.attempt == run)
+        };
+        table.containers.values().find(of).expect("a run").log.clone()
+    }
+
     /// Whether calls that make a container wait.
     pub fn hold(&self, hold: bool) {
         self.held.send_replace(hold);
+    }
+
+    /// Whether calls that run something in a container, or stop it, are never answered.
+    pub fn stall(&self, stall: bool) {
+        self.stalled.send_replace(stall);
+    }
+
+    /// From now on this container cannot be removed.
+    pub fn stick(&self, id: &str) {
+        self.table().stuck.push(id.to_owned());
     }
 
     /// From now on containers end with this code as soon as they are started; `None`: they run.
@@ -378,6 +404,8 @@ impl RuntimeService for Runtime {
 
     async fn stop_container(&self, request: Request<StopContainerRequest>) -> Answer<StopContainerResponse> {
         drop(self.called("StopContainer"));
+        // An error would say that the test is over.
+        let _ = self.stalled.subscribe().wait_for(|stalled| !stalled).await;
         let id = request.into_inner().container_id;
         if self.table().containers.get(&id).is_some_and(|m| m.state == ContainerState::ContainerRunning) {
             self.exit(&id, 143);
@@ -391,6 +419,9 @@ impl RuntimeService for Runtime {
     ) -> Answer<RemoveContainerResponse> {
         let mut table = self.called("RemoveContainer");
         let id = request.into_inner().container_id;
+        if table.stuck.contains(&id) {
+            return Err(Status::internal("it cannot be removed"));
+        }
         if let Some(made) = table.containers.remove(&id) {
             self.tell(&table, &id, &made.sandbox, ContainerEventType::ContainerDeletedEvent);
         }
@@ -443,6 +474,13 @@ impl RuntimeService for Runtime {
             ..Default::default()
         };
         Ok(Response::new(ContainerStatusResponse { status: Some(status), ..Default::default() }))
+    }
+
+    async fn exec_sync(&self, _: Request<ExecSyncRequest>) -> Answer<ExecSyncResponse> {
+        drop(self.called("ExecSync"));
+        // An error would say that the test is over.
+        let _ = self.stalled.subscribe().wait_for(|stalled| !stalled).await;
+        Ok(Response::new(ExecSyncResponse::default()))
     }
 
     async fn exec(&self, _: Request<ExecRequest>) -> Answer<ExecResponse> {
@@ -528,7 +566,6 @@ impl RuntimeService for Runtime {
         stream_containers(StreamContainersRequest) -> Self::StreamContainersStream;
         update_container_resources(UpdateContainerResourcesRequest) -> UpdateContainerResourcesResponse;
         reopen_container_log(ReopenContainerLogRequest) -> ReopenContainerLogResponse;
-        exec_sync(ExecSyncRequest) -> ExecSyncResponse;
         container_stats(ContainerStatsRequest) -> ContainerStatsResponse;
         list_container_stats(ListContainerStatsRequest) -> ListContainerStatsResponse;
         stream_container_stats(StreamContainerStatsRequest) -> Self::StreamContainerStatsStream;
