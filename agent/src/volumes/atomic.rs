@@ -14,9 +14,13 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _, symlink};
 use std::path::{Component, Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 const DATA: &str = "..data";
+
+/// A container's start and the refresh may come to one volume at once. Writes are short, so one lock serves all volumes.
+static WRITING: Mutex<()> = Mutex::new(());
 
 type Failure = (PathBuf, io::Error);
 
@@ -35,6 +39,7 @@ pub fn write(directory: &Path, files: &[File], group: Option<u32>) -> Result<(),
             return Err((file.path.clone(), error));
         }
     }
+    let _alone = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
     fs::DirBuilder::new().recursive(true).mode(0o755).create(directory).map_err(at(directory))?;
     let link = directory.join(DATA);
     let old = fs::read_link(&link).ok();
@@ -62,6 +67,8 @@ fn replace(directory: &Path, link: &Path, files: &[File], group: Option<u32>) ->
         _ => {}
     }
     symlink(&fresh, &staged).map_err(at(&staged))?;
+    // Before the rename, for that is when the runtime takes everything over to the guest.
+    names(directory, files)?;
     fs::rename(&staged, link).map_err(at(link))?;
     Ok(fresh.into())
 }
@@ -168,6 +175,22 @@ mod tests {
         assert_eq!(listing(&volume), ["a"]);
         assert_eq!(fs::read_to_string(volume.join("a")).unwrap(), "3");
         assert!(!volume.join(first).exists());
+    }
+
+    #[test]
+    fn writers_at_once_leave_the_set_of_one_of_them_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = dir.path().join("v");
+        let sets = [vec![file("a", "1")], vec![file("a", "2"), file("b", "2")]];
+        std::thread::scope(|scope| {
+            for set in &sets {
+                scope.spawn(|| (0..200).for_each(|_| write(&volume, set, None).unwrap()));
+            }
+        });
+        let set = if volume.join("b").exists() { &sets[1] } else { &sets[0] };
+        assert!(same(&volume.join(DATA), set));
+        let sets = fs::read_dir(&volume).unwrap().filter(|e| e.as_ref().unwrap().path().is_dir());
+        assert_eq!(sets.filter(|e| !e.as_ref().unwrap().file_type().unwrap().is_symlink()).count(), 1);
     }
 
     #[test]
