@@ -12,9 +12,11 @@
 //! at most so much of it that a slow runtime slows the process and nothing else. A new stream replaces the one before and
 //! begins with what is kept: a runtime that was killed loses nothing that it had not written.
 
+mod inbox;
 mod kept;
 mod packet;
 
+pub use inbox::Stream;
 pub use kept::Counts;
 pub use packet::next_packet;
 
@@ -22,6 +24,7 @@ use crate::log;
 use crate::reap::Ending;
 use crate::transport::Connection;
 use atoll_spec::guest::{Channel, MAX_PACKET, OUTPUT_WINDOW};
+use inbox::{Inbox, say_ended};
 use kept::Kept;
 use packet::{HEADER, packet};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -63,23 +66,6 @@ pub enum Role {
 pub struct Pump {
     wake: OwnedFd,
     inbox: Mutex<Inbox>,
-}
-
-/// A stream to the runtime, and its number.
-pub struct Stream {
-    /// The connection.
-    pub connection: Connection,
-    /// What the runtime asked for it by.
-    pub number: u64,
-}
-
-#[derive(Default)]
-struct Inbox {
-    stream: Option<Stream>,
-    /// What the runtime has of the stream of this number.
-    acknowledged: Option<(u64, Counts)>,
-    closed: bool,
-    finished: bool,
 }
 
 impl Pump {
@@ -142,14 +128,6 @@ impl Pump {
         // Adding 1 to an eventfd cannot fail short of 2^64.
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
-}
-
-/// Tells a stream that came too late that there is nothing more.
-fn say_ended(mut stream: Stream) {
-    let mut text = packet(Channel::Stdout, &[]);
-    text.extend(packet(Channel::Stderr, &[]));
-    // The runtime may have gone again; then it asks again.
-    let _ = stream.connection.write_all(&text);
 }
 
 /// An output channel of the process.
