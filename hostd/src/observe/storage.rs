@@ -27,10 +27,12 @@ const NOT_DISKS: [&str; 4] = ["ram", "zram", "fd", "sr"];
 
 /// Looks at everything.
 pub fn observe(from: &Sources) -> Result<Observed> {
+    let (mounted, sources) = mounts(&from.mountinfo)?;
     Ok(Observed {
         disks: disks(from)?,
         boot_partition: boot_partition(&from.sys.join("firmware/efi/efivars").join(BOOT_VARIABLE)),
-        mounted: mounted(&from.mountinfo)?,
+        mounted,
+        sources,
     })
 }
 
@@ -156,9 +158,12 @@ fn boot_partition(variable: &Path) -> Option<String> {
     Some(text.trim_end_matches('\0').to_ascii_lowercase()).filter(|t| !t.is_empty())
 }
 
-fn mounted(mountinfo: &Path) -> Result<Vec<PathBuf>> {
+/// Where something is mounted, and what. A line: `22 1 0:20 / /state rw,noatime - ext4 /dev/vda3 rw`.
+fn mounts(mountinfo: &Path) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
     let text = fs::read_to_string(mountinfo).context("read", mountinfo.display())?;
-    Ok(text.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from).collect())
+    let targets = text.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from).collect();
+    let source = |line: &str| Some(PathBuf::from(line.split_once(" - ")?.1.split(' ').nth(1)?));
+    Ok((targets, text.lines().filter_map(source).collect()))
 }
 
 #[cfg(test)]
@@ -194,6 +199,7 @@ mod tests {
         let observed = observe(&Sources { sys, dev: "/dev".into(), mountinfo }).unwrap();
         assert_eq!(observed.boot_partition.as_deref(), Some("ab-cd"));
         assert_eq!(observed.mounted, [PathBuf::from("/state")]);
+        assert_eq!(observed.sources, [PathBuf::from("/dev/vda3")]);
         let found = &observed.disks[0];
         assert_eq!((found.device.as_path(), found.bytes), (Path::new("/dev/vda"), 1 << 20));
         let partition = &found.partitions[0];
