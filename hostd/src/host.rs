@@ -1,7 +1,7 @@
 //! The state of the host and the one place where it changes: [`Host::handle`] takes events in, [`Host::refresh`]
 //! brings links, files and status to what is known.
 
-use crate::clock::Clock;
+use crate::clock::{self, Clock};
 use crate::config::{self, Loaded, Origin};
 use crate::dhcp::client::Change;
 use crate::error::{Context, Result, chain};
@@ -47,7 +47,7 @@ pub enum Event {
 /// Where the lists of servers go that tasks of their own ask.
 pub struct Asked {
     /// Time servers.
-    pub time: watch::Sender<Vec<String>>,
+    pub time: watch::Sender<clock::Servers>,
     /// Name servers.
     pub names: watch::Sender<Vec<IpAddr>>,
 }
@@ -267,13 +267,13 @@ impl Host {
     }
 
     fn note_time_servers(&mut self, leased: &Leased) {
-        let mut servers = self.machine.time_servers.clone();
-        servers.extend(leased.time.iter().filter(|s| !self.machine.time_servers.contains(s)).cloned());
-        servers.truncate(8);
         // With servers but no address yet, asking would only fail.
-        if self.view.desired.iter().all(|d| d.addresses.is_empty()) {
-            servers.clear();
-        }
+        let reachable = self.view.desired.iter().any(|d| !d.addresses.is_empty());
+        let servers = if reachable {
+            publish::time_servers(&self.machine, &leased.time)
+        } else {
+            clock::Servers::default()
+        };
         let none_known = servers.is_empty();
         self.asked.time.send_if_modified(|old| {
             let changed = *old != servers;
@@ -299,7 +299,7 @@ impl Host {
     /// A clock that nobody set and that cannot be right fails every certificate, far from here.
     fn note_clock(&mut self) {
         let trusted = matches!(self.status.clock, Clock::Synchronised { .. });
-        let wrong = self.status.ready && !trusted && crate::clock::is_impossible();
+        let wrong = self.status.ready && !trusted && clock::is_impossible();
         self.status.set_problems(Area::Clock, wrong.then(|| WRONG_CLOCK.to_owned()));
     }
 

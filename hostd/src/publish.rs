@@ -3,6 +3,7 @@
 //! The resolver is told at once, because time servers and the config's URL may be names. Agent and runtime start when
 //! hostd is ready and are told then.
 
+use crate::clock;
 use crate::error::Result;
 use crate::files::{self, Durability};
 use crate::plan::storage::AGENT_UID;
@@ -89,6 +90,13 @@ pub fn name_servers(machine: &Machine, leased: &[IpAddr]) -> Vec<IpAddr> {
     distinct(machine.dns_servers.iter().chain(leased), 3)
 }
 
+/// The config's time servers and, of those of the leases, the others.
+pub fn time_servers(machine: &Machine, leased: &[String]) -> clock::Servers {
+    let configured = distinct(machine.time_servers.iter(), 8);
+    let others = leased.iter().filter(|server| !configured.contains(server));
+    clock::Servers { leased: distinct(others, 8), configured }
+}
+
 fn distinct<'a, T: Clone + PartialEq + 'a>(items: impl Iterator<Item = &'a T>, most: usize) -> Vec<T> {
     let mut out: Vec<T> = Vec::new();
     for item in items {
@@ -157,6 +165,17 @@ mod tests {
             "search example.org lab.example\nnameserver 192.0.2.53\nnameserver 10.0.0.1\nnameserver 10.0.0.2\noptions \
              timeout:2 attempts:2\n"
         );
+    }
+
+    #[test]
+    fn the_configs_time_servers_are_a_group_of_their_own() {
+        let owned = |names: &[&str]| names.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let machine =
+            Machine { time_servers: owned(&["time.example.org", "10.0.0.1"]), ..Machine::default() };
+        let found = time_servers(&machine, &owned(&["10.0.0.1", "10.0.0.2", "10.0.0.2"]));
+        assert_eq!(found.configured, machine.time_servers);
+        assert_eq!(found.leased, ["10.0.0.2"]);
+        assert!(time_servers(&Machine::default(), &[]).is_empty());
     }
 
     #[test]
