@@ -10,7 +10,7 @@ use crate::links::{Leased, Links, View};
 use crate::notify::Notifier;
 use crate::options::Options;
 use crate::plan::Step;
-use crate::plan::network::{host_addresses, link_addresses};
+use crate::plan::network::{awaits_lease, host_addresses, link_addresses};
 use crate::publish::{self, Facts, Publication};
 use crate::status::{Area, LinkStatus, Status};
 use crate::{boot_reason, console, metrics};
@@ -64,6 +64,8 @@ pub struct Host {
     view: View,
     machine_id: String,
     named_before: Option<String>,
+    /// Name servers and domains that an earlier run of hostd left, until DHCP has spoken to this one.
+    resolver_before: (Vec<IpAddr>, Vec<String>),
     asked: Asked,
     /// The last ones that were not none.
     addresses: Vec<IpAddr>,
@@ -81,6 +83,7 @@ impl Host {
             deadline: Instant::now() + Duration::from_secs(options.network_deadline),
             machine_id: read_line(&options.run.join("machine-id")).unwrap_or_default(),
             named_before: read_line(&options.state.join("machine/node-name")),
+            resolver_before: publish::read_resolv_conf(&options.run),
             machine: Machine::default(),
             url_awaited: config::url(&sources).is_some(),
             url_failure: String::new(),
@@ -189,7 +192,8 @@ impl Host {
         let hostname = self.machine.hostname.clone().or_else(|| self.named_before.clone());
         self.view = self.links.reconcile(&self.machine, hostname.as_deref()).await;
         self.status.set_problems(Area::Network, self.view.problems.clone());
-        let leased = Leased::of(&self.links.held());
+        let mut leased = Leased::of(&self.links.held());
+        self.keep_resolver(&mut leased);
         self.note_links(&leased);
         let resolv_conf = publish::resolv_conf(&self.machine, &leased.dns, &leased.domains);
         let resolver = publish::write_resolv_conf(&self.options.run, &resolv_conf);
@@ -245,6 +249,19 @@ impl Host {
                     "no time server answers ({why}): the clock of the machine is used, still trying"
                 )]);
             }
+        }
+    }
+
+    /// A pod keeps for life the resolver's file that it was made with, so that must not be empty only because hostd was
+    /// started again. When the look failed, nothing is known that speaks against it.
+    fn keep_resolver(&mut self, leased: &mut Leased) {
+        let View { desired, links, problems } = &self.view;
+        let failed = desired.is_empty() && !problems.is_empty();
+        if failed || awaits_lease(desired, links, !self.links.held().is_empty()) {
+            leased.dns.extend(&self.resolver_before.0);
+            leased.domains.extend_from_slice(&self.resolver_before.1);
+        } else {
+            self.resolver_before = Default::default();
         }
     }
 

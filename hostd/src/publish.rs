@@ -120,6 +120,18 @@ pub fn resolv_conf(machine: &Machine, leased_dns: &[IpAddr], leased_domains: &[S
     text + "options timeout:2 attempts:2\n"
 }
 
+/// Name servers and domains of the resolver's file, as an earlier run of hostd left it; none without one.
+pub fn read_resolv_conf(run: &Path) -> (Vec<IpAddr>, Vec<String>) {
+    let text = files::read(&run.join("net/resolv.conf"), 64 * 1024).ok().flatten().unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let values = |key: &str| {
+        let lines = text.lines().filter_map(|line| line.split_once(' ')).filter(|(word, _)| *word == key);
+        lines.flat_map(|(_, rest)| rest.split(' ')).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let servers = values("nameserver").iter().filter_map(|server| server.parse().ok()).collect();
+    (servers, values("search"))
+}
+
 /// Writes the resolver's file when it changed.
 pub fn write_resolv_conf(run: &Path, text: &str) -> Result<()> {
     files::keep(&run.join("net/resolv.conf"), text.as_bytes(), 0o644, None, Durability::Volatile).map(drop)
@@ -165,6 +177,20 @@ mod tests {
             "search example.org lab.example\nnameserver 192.0.2.53\nnameserver 10.0.0.1\nnameserver 10.0.0.2\noptions \
              timeout:2 attempts:2\n"
         );
+    }
+
+    #[test]
+    fn the_resolvers_file_is_read_back_as_it_was_written() {
+        let directory = tempfile::tempdir().unwrap();
+        assert_eq!(read_resolv_conf(directory.path()), (vec![], vec![]));
+        std::fs::create_dir(directory.path().join("net")).unwrap();
+        let machine = Machine { dns_servers: vec!["192.0.2.53".parse().unwrap()], ..Machine::default() };
+        let (dns, domains) = (["10.0.0.1".parse().unwrap()], ["lab.example".into(), "example.org".into()]);
+        let text = resolv_conf(&machine, &dns, &domains);
+        write_resolv_conf(directory.path(), &text).unwrap();
+        let (servers, search) = read_resolv_conf(directory.path());
+        assert_eq!((servers.len(), search.as_slice()), (2, &domains[..]));
+        assert_eq!(resolv_conf(&machine, &servers, &search), text);
     }
 
     #[test]
