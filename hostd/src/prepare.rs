@@ -72,6 +72,10 @@ pub async fn prepare(options: &Options, tell: impl Fn(&str, Duration)) -> Result
             (Err(error), Step::GrowFilesystem { .. } | Step::GrowPartition { .. }) => {
                 notes.push(format!("{step} failed, the space behind it is not used: {}", chain(&error)));
             }
+            // It is as it was: the backup counts, and it is tried again at the next boot.
+            (Err(error), Step::RestoreTable { .. }) => {
+                notes.push(format!("{step} failed: {}", chain(&error)))
+            }
             (Err(error), _) => return Err(error),
         }
     }

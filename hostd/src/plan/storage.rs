@@ -20,6 +20,8 @@ pub struct Disk {
     pub bytes: u64,
     /// Whether it can be pulled out.
     pub removable: bool,
+    /// Whether its primary partition table is not whole, so that the backup counts.
+    pub by_backup: bool,
     /// Its partitions.
     pub partitions: Vec<Partition>,
 }
@@ -99,6 +101,11 @@ pub enum Mounting {
 /// A step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
+    /// Make the primary partition table anew from its backup.
+    RestoreTable {
+        /// The disk.
+        disk: PathBuf,
+    },
     /// Make a partition reach the end of its disk.
     GrowPartition {
         /// The disk.
@@ -156,6 +163,9 @@ pub enum Step {
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::RestoreTable { disk } => {
+                write!(f, "restore the partition table of {} from its backup", disk.display())
+            }
             Self::GrowPartition { disk, number } => {
                 write!(f, "grow partition {number} to the end of {}", disk.display())
             }
@@ -280,6 +290,9 @@ fn lacks_boot_disk(observed: &Observed) -> bool {
 
 fn plan_disk(disk: &Disk, observed: &Observed, targets: &Targets, plan: &mut Plan) -> Result<(), String> {
     let find = |label: &str| disk.partitions.iter().find(|p| p.label == label);
+    if disk.by_backup {
+        plan.steps.push(Step::RestoreTable { disk: disk.device.clone() });
+    }
     if let Some(esp) = find("ESP")
         && !observed.mounted.contains(&targets.esp)
     {
@@ -445,6 +458,7 @@ mod tests {
             device: format!("/dev/{name}").into(),
             bytes: 1 << 30,
             removable: false,
+            by_backup: false,
             partitions: vec![
                 partition(1, "ESP", 1, 300, Content::Fat),
                 partition(2, "STATE", 301, 64, state),
@@ -499,6 +513,9 @@ mod tests {
                 "mount /dev/vda3 at /data",
             ]
         );
+        observed.disks[0].by_backup = true;
+        assert_eq!(steps(&observed)[0], "restore the partition table of /dev/vda from its backup");
+        observed.disks[0].by_backup = false;
         observed.mounted = vec!["/esp".into(), "/state".into(), "/data".into()];
         assert_eq!(steps(&observed), [""; 0]);
     }
