@@ -137,7 +137,7 @@ async fn prepare_storage(
 
 /// Starts the tasks that watch what hostd does not do itself. Returns where the servers to ask go.
 fn spawn_watchers(options: &Options, events: &mpsc::Sender<Event>, tasks: &mut JoinSet<()>) -> Asked {
-    let (time_servers, servers) = watch::channel(Vec::new());
+    let (time_servers, servers) = watch::channel(clock::Servers::default());
     let (name_servers, names) = watch::channel(Vec::new());
     let authority = match options.clock {
         ClockMode::Set => Authority::Set,

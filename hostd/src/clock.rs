@@ -1,6 +1,6 @@
 //! Keeps the clock right: asks the time servers, steps the clock once, then adjusts it gradually.
 //!
-//! Called by the app, which sends the list of servers and reads [`Clock`]. TLS needs the time, so hostd is not ready
+//! Called by the app, which sends the lists of servers and reads [`Clock`]. TLS needs the time, so hostd is not ready
 //! before the first answer, or a deadline.
 
 use crate::error::{Context, Result};
@@ -41,6 +41,22 @@ pub enum Clock {
     },
 }
 
+/// Whom to ask: names or addresses, with an optional port after a colon.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Servers {
+    /// Those of the config.
+    pub configured: Vec<String>,
+    /// Those that DHCP names: asked only when none of the config's gives a usable answer.
+    pub leased: Vec<String>,
+}
+
+impl Servers {
+    /// Whether there is nobody to ask.
+    pub fn is_empty(&self) -> bool {
+        self.configured.is_empty() && self.leased.is_empty()
+    }
+}
+
 /// Whether this process may change the machine's clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Authority {
@@ -50,12 +66,8 @@ pub enum Authority {
     Report,
 }
 
-/// Asks for ever. `servers` are names or addresses, an optional port with a colon after an address or name.
-pub async fn run(
-    authority: Authority,
-    mut servers: watch::Receiver<Vec<String>>,
-    changes: mpsc::Sender<Clock>,
-) {
+/// Asks for ever.
+pub async fn run(authority: Authority, mut servers: watch::Receiver<Servers>, changes: mpsc::Sender<Clock>) {
     let mut stepped = false;
     let mut poll = POLL.0;
     let mut retry = RETRY.0;
@@ -91,8 +103,20 @@ pub async fn run(
     }
 }
 
-/// Asks all servers at once and takes the answer with the least delay.
-async fn round(servers: &[String]) -> Result<(String, Sample), String> {
+/// Asks the config's servers, and those that DHCP names when there is none or none answered.
+async fn round(servers: &Servers) -> Result<(String, Sample), String> {
+    let mut reasons = Vec::new();
+    for group in [&servers.configured, &servers.leased].into_iter().filter(|group| !group.is_empty()) {
+        match ask_all(group).await {
+            Ok(answer) => return Ok(answer),
+            Err(reason) => reasons.push(reason),
+        }
+    }
+    Err(reasons.join("; "))
+}
+
+/// Asks all of these at once and takes the answer with the least delay.
+async fn ask_all(servers: &[String]) -> Result<(String, Sample), String> {
     let mut tasks = tokio::task::JoinSet::new();
     for server in servers.iter().take(8) {
         let server = server.clone();
@@ -157,7 +181,10 @@ async fn exchange(server: SocketAddr) -> Result<Sample, String> {
         // Measured on the clock that nobody sets meanwhile.
         let answered = asked + began.elapsed().as_nanos() as i128;
         match sntp::parse(&buffer[..length], nonce) {
-            Ok(answer) => return Ok(answer.sample(asked, answered, NOT_BEFORE)),
+            Ok(answer) => {
+                let sample = answer.sample(asked, answered, NOT_BEFORE);
+                return sample.map_err(|refusal| refusal.to_string());
+            }
             Err(sntp::Refusal::NotOurs) => {}
             Err(refusal) => return Err(refusal.to_string()),
         }
@@ -195,4 +222,67 @@ fn adjust(authority: Authority, sample: Sample, stepped: bool, poll: u8) -> Resu
     }
     let rest = if step { 0.0 } else { seconds };
     sys::slew_clock(rest, poll).context("adjust", "the clock")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn bound() -> (UdpSocket, String) {
+        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let address = socket.local_addr().unwrap().to_string();
+        (socket, address)
+    }
+
+    /// A server whose clock is `ahead` of ours.
+    async fn server(ahead: i128) -> String {
+        let (socket, address) = bound().await;
+        tokio::spawn(async move {
+            let mut packet = [0; 128];
+            while let Ok((_, from)) = socket.recv_from(&mut packet).await {
+                let time = sntp::to_ntp(now() + ahead).to_be_bytes();
+                let mut answer = [0; sntp::PACKET];
+                (answer[0], answer[1]) = ((4 << 3) | 4, 2);
+                answer[24..32].copy_from_slice(&packet[40..48]);
+                answer[32..40].copy_from_slice(&time);
+                answer[40..48].copy_from_slice(&time);
+                socket.send_to(&answer, from).await.unwrap();
+            }
+        });
+        address
+    }
+
+    fn servers(configured: &[&str], leased: &[&str]) -> Servers {
+        let owned = |names: &[&str]| names.iter().map(ToString::to_string).collect();
+        Servers { configured: owned(configured), leased: owned(leased) }
+    }
+
+    /// From now to a year long before any Atoll.
+    const DECADE_AGO: i128 = -15 * 365 * 86_400 * 1_000_000_000;
+
+    #[tokio::test]
+    async fn servers_of_dhcp_are_not_asked_while_one_of_the_config_answers() {
+        let configured = server(0).await;
+        let (silent, leased) = bound().await;
+        let (answered, _) = round(&servers(&[&configured], &[&leased])).await.unwrap();
+        assert_eq!(answered, configured);
+        // A packet on the loopback is there as soon as it is sent.
+        let asked = silent.try_recv(&mut [0; 128]).unwrap_err();
+        assert_eq!(asked.kind(), std::io::ErrorKind::WouldBlock, "it was asked all the same");
+    }
+
+    #[tokio::test]
+    async fn servers_of_dhcp_stand_in_for_those_of_the_config() {
+        let (gone, dead) = bound().await;
+        drop(gone);
+        let (wrong, leased) = (server(DECADE_AGO).await, server(0).await);
+        for configured in [&[][..], &[dead.as_str()], &[wrong.as_str()], &[dead.as_str(), wrong.as_str()]] {
+            let (answered, sample) = round(&servers(configured, &[&leased])).await.unwrap();
+            assert_eq!(answered, leased, "{configured:?}");
+            assert!(sample.offset.abs() < 60_000_000_000, "{sample:?}");
+        }
+        let reason = round(&servers(&[&dead], &[&wrong])).await.unwrap_err();
+        assert!(reason.starts_with(&format!("{dead}: ")), "{reason}");
+        assert!(reason.ends_with(&format!("; {wrong}: {}", sntp::Refusal::Implausible)), "{reason}");
+    }
 }

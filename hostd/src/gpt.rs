@@ -1,7 +1,8 @@
 //! The GUID partition table, as far as hostd needs it: find partitions, make the last one reach the disk's end. ◇
 //!
 //! Pure: bytes in, bytes out. `apply/storage.rs` reads and writes the disk. The writes come in an order that a power
-//! cut cannot spoil: first the backup at the disk's end, then the primary.
+//! cut cannot spoil: first the backup at the disk's end, then the primary. A primary that is not whole, as a cut between
+//! its two writes leaves it, is made anew from the backup.
 
 /// What is wrong with a table.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -11,7 +12,7 @@ pub enum GptError {
     NotGpt(&'static str),
     /// The checksum of the header or of the entries does not fit.
     #[error(
-        "the checksum of its {0} does not fit: restore the table from its backup, or flash the disk again"
+        "the checksum of its {0} does not fit, nor is there a whole backup at its end: flash the disk again"
     )]
     Checksum(&'static str),
     /// The partition to grow is not there.
@@ -25,8 +26,8 @@ pub enum GptError {
     DiskTooSmall,
 }
 
-/// Sectors at the beginning of the disk that hold the primary table, at most: 1 MiB with 512-byte sectors.
-pub const PRIMARY_BYTES: usize = 64 * 1024;
+/// Bytes at the beginning of a disk that hold the primary table, and at its end that hold the backup, at most.
+pub const TABLE_BYTES: usize = 64 * 1024;
 const SIGNATURE: &[u8; 8] = b"EFI PART";
 const ALIGNMENT: u64 = 1024 * 1024;
 
@@ -45,9 +46,32 @@ pub struct Entry {
     pub label: String,
 }
 
-/// A checked primary table.
+/// The parts of a disk that hold its tables.
+#[derive(Debug, Clone, Copy)]
+pub struct Ends<'a> {
+    /// Its first [`TABLE_BYTES`].
+    pub start: &'a [u8],
+    /// Its last ones.
+    pub end: &'a [u8],
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// The size of its sectors.
+    pub sector: usize,
+}
+
+/// Which of its two tables a disk was read by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// The one behind the first sector.
+    Primary,
+    /// The one at the end, because the primary is not whole.
+    Backup,
+}
+
+/// A checked table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Table {
+    source: Source,
     sector: usize,
     header: Vec<u8>,
     entries: Vec<u8>,
@@ -78,35 +102,85 @@ fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
 }
 
 impl Table {
-    /// Reads the primary table from the first [`PRIMARY_BYTES`] of a disk.
-    pub fn parse(start: &[u8], sector: usize) -> Result<Self, GptError> {
+    /// Reads the primary table, or its backup when the primary is not whole.
+    pub fn parse(disk: Ends) -> Result<Self, GptError> {
+        let Ends { start, end, bytes, sector } = disk;
         if !(512..=4096).contains(&sector) || !sector.is_power_of_two() {
             return Err(GptError::NotGpt("its sectors have an odd size"));
         }
-        let header = start.get(sector..2 * sector).ok_or(GptError::NotGpt("the disk is too small"))?.to_vec();
+        let primary = start.get(sector..2 * sector).ok_or(GptError::NotGpt("the disk is too small"));
+        let primary = primary.and_then(|header| {
+            Self::check(header, sector, Source::Primary, 1, |at, length| {
+                if at != 2 {
+                    return Err(GptError::NotGpt("its entries are not behind its header"));
+                }
+                start.get(2 * sector..2 * sector + length).ok_or(GptError::NotGpt("the disk is too small"))
+            })
+        });
+        primary.or_else(|wrong| {
+            // Of both, what is wrong with the primary is what a person can do something about.
+            let last = (bytes / sector as u64).checked_sub(1).ok_or_else(|| wrong.clone())?;
+            let whole = &end[end.len() % sector..];
+            let header = whole.len().checked_sub(sector).and_then(|at| whole.get(at..));
+            let header = header.ok_or_else(|| wrong.clone())?;
+            let first = last + 1 - (whole.len() / sector) as u64;
+            Self::check(header, sector, Source::Backup, last, |at, length| {
+                let offset = at.checked_sub(first).and_then(|sectors| usize::try_from(sectors).ok());
+                let offset = offset.and_then(|sectors| sectors.checked_mul(sector));
+                let entries = offset.and_then(|from| whole.get(from..from.checked_add(length)?));
+                entries.ok_or(GptError::NotGpt("its entries are not before its header"))
+            })
+            .map_err(|_| wrong)
+        })
+    }
+
+    /// Checks the header that should be in sector `own` and the entries, which `entries` gives by sector and length.
+    fn check<'a>(
+        header: &[u8],
+        sector: usize,
+        source: Source,
+        own: u64,
+        entries: impl FnOnce(u64, usize) -> Result<&'a [u8], GptError>,
+    ) -> Result<Self, GptError> {
         if &header[..8] != SIGNATURE {
             return Err(GptError::NotGpt("the signature is missing"));
         }
-        let size = u32_at(&header, 12) as usize;
+        let size = u32_at(header, 12) as usize;
         if !(92..=512).contains(&size) {
             return Err(GptError::NotGpt("its header has an odd size"));
         }
-        if header_checksum(&header) != u32_at(&header, 16) {
+        if header_checksum(header) != u32_at(header, 16) {
             return Err(GptError::Checksum("header"));
         }
-        let (count, entry_size) = (u32_at(&header, 80) as usize, u32_at(&header, 84) as usize);
+        let (count, entry_size) = (u32_at(header, 80) as usize, u32_at(header, 84) as usize);
         if !(128..=1024).contains(&entry_size) || !entry_size.is_power_of_two() || count == 0 || count > 512 {
             return Err(GptError::NotGpt("its entries have an odd size or number"));
         }
-        if u64_at(&header, 24) != 1 || u64_at(&header, 72) != 2 {
-            return Err(GptError::NotGpt("its entries are not behind its header"));
+        if u64_at(header, 24) != own {
+            return Err(GptError::NotGpt("its header is not where it says"));
         }
-        let entries = start.get(2 * sector..2 * sector + count * entry_size);
-        let entries = entries.ok_or(GptError::NotGpt("the disk is too small"))?.to_vec();
-        if crc32fast::hash(&entries) != u32_at(&header, 88) {
+        let entries = entries(u64_at(header, 72), count * entry_size)?.to_vec();
+        if crc32fast::hash(&entries) != u32_at(header, 88) {
             return Err(GptError::Checksum("entries"));
         }
-        Ok(Self { sector, header, entries, entry_size })
+        Ok(Self { source, sector, header: header.to_vec(), entries, entry_size })
+    }
+
+    /// Which of the two tables this is.
+    pub fn source(&self) -> Source {
+        self.source
+    }
+
+    /// What to write, in this order, so that the primary says what the backup does; nothing when it is whole. The entries
+    /// come first: until the header fits them, the backup counts.
+    pub fn restore(&self) -> Vec<(u64, Vec<u8>)> {
+        if self.source == Source::Primary {
+            return Vec::new();
+        }
+        let (own, last_usable) = (u64_at(&self.header, 24), u64_at(&self.header, 48));
+        let header = self.header_for(&self.entries, 1, own, 2, last_usable);
+        let sector = self.sector as u64;
+        vec![(2 * sector, self.entries.clone()), (sector, header)]
     }
 
     /// The entries in use.
@@ -197,9 +271,15 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn parse(disk: &[u8], bytes: u64) -> Result<Table, GptError> {
+        let (start, end) =
+            (&disk[..disk.len().min(TABLE_BYTES)], &disk[disk.len().saturating_sub(TABLE_BYTES)..]);
+        Table::parse(Ends { start, end, bytes, sector: 512 })
+    }
+
     /// A disk of `sectors` with partitions (first, last, label).
     fn disk(sectors: u64, partitions: &[(u64, u64, &str)]) -> Vec<u8> {
-        let mut bytes = vec![0; PRIMARY_BYTES];
+        let mut bytes = vec![0; TABLE_BYTES];
         for (i, (first, last, label)) in partitions.iter().enumerate() {
             let at = 1024 + 128 * i;
             put(&mut bytes, at, &[1; 16]);
@@ -227,7 +307,8 @@ mod tests {
 
     #[test]
     fn entries_are_read() {
-        let table = Table::parse(&disk(100_000, &[(2048, 4095, "ESP"), (4096, 8191, "DATA")]), 512).unwrap();
+        let table =
+            parse(&disk(100_000, &[(2048, 4095, "ESP"), (4096, 8191, "DATA")]), 100_000 * 512).unwrap();
         let entries = table.entries();
         assert_eq!((entries[1].number, entries[1].label.as_str(), entries[1].first), (2, "DATA", 4096));
         assert_eq!(entries[0].uuid, "01010101-0101-0101-0101-010101010101");
@@ -241,7 +322,8 @@ mod tests {
 
     #[test]
     fn only_the_last_partition_grows_and_only_when_there_is_room() {
-        let table = Table::parse(&disk(100_000, &[(2048, 4095, "ESP"), (4096, 8191, "DATA")]), 512).unwrap();
+        let table =
+            parse(&disk(100_000, &[(2048, 4095, "ESP"), (4096, 8191, "DATA")]), 100_000 * 512).unwrap();
         assert_eq!(table.grow(1, 100_000 * 512), Err(GptError::NotLast(1)));
         assert_eq!(table.grow(3, 100_000 * 512), Err(GptError::NoPartition(3)));
         assert_eq!(table.grow(2, 8000 * 512), Err(GptError::DiskTooSmall));
@@ -259,7 +341,8 @@ mod tests {
         #[test]
         fn no_bytes_make_the_parser_panic(bytes in proptest::collection::vec(any::<u8>(), 0..3000), edits in
             proptest::collection::vec((0usize..2000, any::<u8>()), 0..8)) {
-            let _ = Table::parse(&bytes, 512);
+            let _ = parse(&bytes, bytes.len() as u64);
+            let _ = parse(&[], 0);
             let mut bytes = disk(100_000, &[(2048, 4095, "ESP"), (4096, 8191, "DATA")]);
             for (at, byte) in edits { bytes[512 + at] = byte; }
             // Also past the checksums, as if someone had made a hostile table.
@@ -267,20 +350,23 @@ mod tests {
             put(&mut bytes, 512 + 88, &crc.to_le_bytes());
             let crc = header_checksum(&bytes[512..1024]);
             put(&mut bytes, 512 + 16, &crc.to_le_bytes());
-            if let Ok(table) = Table::parse(&bytes, 512) {
+            if let Ok(table) = parse(&bytes, 100_000 * 512) {
                 for entry in table.entries() { let _ = table.grow(entry.number, 200_000 * 512); }
             }
         }
+    }
 
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(16))]
         #[test]
         fn growing_keeps_all_but_the_end_and_is_done_once(extra in 2200u64..9000) {
             let sectors = 12_288 + extra;
             let mut bytes = disk(12_288, &[(2048, 4095, "ESP"), (4096, 8191, "DATA")]);
             bytes.resize(sectors as usize * 512, 0);
-            let before = Table::parse(&bytes, 512).unwrap();
+            let before = parse(&bytes, sectors * 512).unwrap();
             let growth = before.grow(2, sectors * 512).unwrap().unwrap();
             write_all(&mut bytes, &growth, 4);
-            let after = Table::parse(&bytes, 512).unwrap();
+            let after = parse(&bytes, sectors * 512).unwrap();
             let (old, new) = (before.entries(), after.entries());
             prop_assert_eq!(&old[0], &new[0]);
             prop_assert_eq!((&old[1].uuid, old[1].first, &old[1].label), (&new[1].uuid, new[1].first, &new[1].label));
@@ -292,11 +378,38 @@ mod tests {
             prop_assert_eq!(header_checksum(&bytes[at..at + 512]), u32_at(&bytes, at + 16));
             let entries_at = u64_at(&bytes, at + 72) as usize * 512;
             prop_assert_eq!(&bytes[entries_at..entries_at + 128 * 128], &bytes[1024..1024 + 128 * 128]);
-            // After a power cut before the primary is touched, the old table still holds.
-            let mut cut = disk(12_288, &[(2048, 4095, "ESP"), (4096, 8191, "DATA")]);
-            cut.resize(sectors as usize * 512, 0);
-            write_all(&mut cut, &growth, 2);
-            prop_assert_eq!(Table::parse(&cut, 512).unwrap().entries(), old);
+            // A power cut after any of the writes leaves the old entries or the new ones, never none.
+            for count in 0..=4 {
+                let mut cut = disk(12_288, &[(2048, 4095, "ESP"), (4096, 8191, "DATA")]);
+                cut.resize(sectors as usize * 512, 0);
+                write_all(&mut cut, &growth, count);
+                let found = parse(&cut, sectors * 512).unwrap();
+                prop_assert_eq!(&found.entries(), if count < 3 { &old } else { &new }, "{} writes", count);
+                let source = if count == 3 { Source::Backup } else { Source::Primary };
+                prop_assert_eq!(found.source(), source, "{} writes", count);
+                // Restored, with a power cut in between, and grown, it is as if nothing had been.
+                for done in 0..=found.restore().len() {
+                    for (at, content) in found.restore().iter().take(done) { put(&mut cut, *at as usize, content); }
+                    prop_assert_eq!(&parse(&cut, sectors * 512).unwrap().entries(), &found.entries());
+                }
+                let restored = parse(&cut, sectors * 512).unwrap();
+                prop_assert_eq!(restored.source(), Source::Primary);
+                if let Some(growth) = restored.grow(2, sectors * 512).unwrap() { write_all(&mut cut, &growth, 4); }
+                prop_assert_eq!(&cut, &bytes);
+            }
+        }
+
+        #[test]
+        fn a_backup_that_is_not_whole_is_not_believed(at in 0usize..92 + 16_384, bit in 0u8..8) {
+            let sectors = 16_384;
+            let mut bytes = disk(12_288, &[(2048, 4095, "ESP"), (4096, 8191, "DATA")]);
+            bytes.resize(sectors as usize * 512, 0);
+            let growth = parse(&bytes, sectors * 512).unwrap().grow(2, sectors * 512).unwrap().unwrap();
+            write_all(&mut bytes, &growth, 3);
+            let header = bytes.len() - 512;
+            let byte = if at < 92 { header + at } else { header - 16_384 + at - 92 };
+            bytes[byte] ^= 1 << bit;
+            prop_assert_eq!(parse(&bytes, sectors * 512), Err(GptError::Checksum("entries")), "that of the primary");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The state of the host and the one place where it changes: [`Host::handle`] takes events in, [`Host::refresh`]
 //! brings links, files and status to what is known.
 
-use crate::clock::Clock;
+use crate::clock::{self, Clock};
 use crate::config::{self, Loaded, Origin};
 use crate::dhcp::client::Change;
 use crate::error::{Context, Result, chain};
@@ -10,7 +10,7 @@ use crate::links::{Leased, Links, View};
 use crate::notify::Notifier;
 use crate::options::Options;
 use crate::plan::Step;
-use crate::plan::network::{host_addresses, link_addresses};
+use crate::plan::network::{awaits_lease, host_addresses, link_addresses};
 use crate::publish::{self, Facts, Publication};
 use crate::status::{Area, LinkStatus, Status};
 use crate::{boot_reason, console, metrics};
@@ -47,7 +47,7 @@ pub enum Event {
 /// Where the lists of servers go that tasks of their own ask.
 pub struct Asked {
     /// Time servers.
-    pub time: watch::Sender<Vec<String>>,
+    pub time: watch::Sender<clock::Servers>,
     /// Name servers.
     pub names: watch::Sender<Vec<IpAddr>>,
 }
@@ -64,6 +64,8 @@ pub struct Host {
     view: View,
     machine_id: String,
     named_before: Option<String>,
+    /// Name servers and domains that an earlier run of hostd left, until DHCP has spoken to this one.
+    resolver_before: (Vec<IpAddr>, Vec<String>),
     asked: Asked,
     /// The last ones that were not none.
     addresses: Vec<IpAddr>,
@@ -81,6 +83,7 @@ impl Host {
             deadline: Instant::now() + Duration::from_secs(options.network_deadline),
             machine_id: read_line(&options.run.join("machine-id")).unwrap_or_default(),
             named_before: read_line(&options.state.join("machine/node-name")),
+            resolver_before: publish::read_resolv_conf(&options.run),
             machine: Machine::default(),
             url_awaited: config::url(&sources).is_some(),
             url_failure: String::new(),
@@ -189,7 +192,8 @@ impl Host {
         let hostname = self.machine.hostname.clone().or_else(|| self.named_before.clone());
         self.view = self.links.reconcile(&self.machine, hostname.as_deref()).await;
         self.status.set_problems(Area::Network, self.view.problems.clone());
-        let leased = Leased::of(&self.links.held());
+        let mut leased = Leased::of(&self.links.held());
+        self.keep_resolver(&mut leased);
         self.note_links(&leased);
         let resolv_conf = publish::resolv_conf(&self.machine, &leased.dns, &leased.domains);
         let resolver = publish::write_resolv_conf(&self.options.run, &resolv_conf);
@@ -248,6 +252,19 @@ impl Host {
         }
     }
 
+    /// A pod keeps for life the resolver's file that it was made with, so that must not be empty only because hostd was
+    /// started again. When the look failed, nothing is known that speaks against it.
+    fn keep_resolver(&mut self, leased: &mut Leased) {
+        let View { desired, links, problems } = &self.view;
+        let failed = desired.is_empty() && !problems.is_empty();
+        if failed || awaits_lease(desired, links, !self.links.held().is_empty()) {
+            leased.dns.extend(&self.resolver_before.0);
+            leased.domains.extend_from_slice(&self.resolver_before.1);
+        } else {
+            self.resolver_before = Default::default();
+        }
+    }
+
     fn note_links(&mut self, leased: &Leased) {
         let carrier = |index: u32| self.view.links.iter().any(|l| l.index == index && l.carrier);
         self.status.links = self
@@ -267,13 +284,13 @@ impl Host {
     }
 
     fn note_time_servers(&mut self, leased: &Leased) {
-        let mut servers = self.machine.time_servers.clone();
-        servers.extend(leased.time.iter().filter(|s| !self.machine.time_servers.contains(s)).cloned());
-        servers.truncate(8);
         // With servers but no address yet, asking would only fail.
-        if self.view.desired.iter().all(|d| d.addresses.is_empty()) {
-            servers.clear();
-        }
+        let reachable = self.view.desired.iter().any(|d| !d.addresses.is_empty());
+        let servers = if reachable {
+            publish::time_servers(&self.machine, &leased.time)
+        } else {
+            clock::Servers::default()
+        };
         let none_known = servers.is_empty();
         self.asked.time.send_if_modified(|old| {
             let changed = *old != servers;
@@ -299,7 +316,7 @@ impl Host {
     /// A clock that nobody set and that cannot be right fails every certificate, far from here.
     fn note_clock(&mut self) {
         let trusted = matches!(self.status.clock, Clock::Synchronised { .. });
-        let wrong = self.status.ready && !trusted && crate::clock::is_impossible();
+        let wrong = self.status.ready && !trusted && clock::is_impossible();
         self.status.set_problems(Area::Clock, wrong.then(|| WRONG_CLOCK.to_owned()));
     }
 

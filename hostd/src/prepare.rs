@@ -46,14 +46,7 @@ async fn wait_for_disk(options: &Options) -> Result<Observed> {
     loop {
         let observed = observe::storage::observe(&sources)?;
         let found = boot_disk(&observed).map_err(Error::Host)?;
-        let named = |uuid: &String| {
-            found.is_some_and(|disk| disk.partitions.iter().any(|p| p.uuid.as_ref() == Some(uuid)))
-        };
-        let complete = match &observed.boot_partition {
-            Some(uuid) => named(uuid),
-            None => found.is_some(),
-        };
-        if complete || Instant::now() >= end {
+        if found.is_some() || Instant::now() >= end {
             return Ok(observed);
         }
         tokio::time::sleep(LOOK).await;
@@ -78,6 +71,10 @@ pub async fn prepare(options: &Options, tell: impl Fn(&str, Duration)) -> Result
             // What was stored is there, only not more room for it.
             (Err(error), Step::GrowFilesystem { .. } | Step::GrowPartition { .. }) => {
                 notes.push(format!("{step} failed, the space behind it is not used: {}", chain(&error)));
+            }
+            // It is as it was: the backup counts, and it is tried again at the next boot.
+            (Err(error), Step::RestoreTable { .. }) => {
+                notes.push(format!("{step} failed: {}", chain(&error)))
             }
             (Err(error), _) => return Err(error),
         }

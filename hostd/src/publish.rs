@@ -3,6 +3,7 @@
 //! The resolver is told at once, because time servers and the config's URL may be names. Agent and runtime start when
 //! hostd is ready and are told then.
 
+use crate::clock;
 use crate::error::Result;
 use crate::files::{self, Durability};
 use crate::plan::storage::AGENT_UID;
@@ -89,6 +90,13 @@ pub fn name_servers(machine: &Machine, leased: &[IpAddr]) -> Vec<IpAddr> {
     distinct(machine.dns_servers.iter().chain(leased), 3)
 }
 
+/// The config's time servers and, of those of the leases, the others.
+pub fn time_servers(machine: &Machine, leased: &[String]) -> clock::Servers {
+    let configured = distinct(machine.time_servers.iter(), 8);
+    let others = leased.iter().filter(|server| !configured.contains(server));
+    clock::Servers { leased: distinct(others, 8), configured }
+}
+
 fn distinct<'a, T: Clone + PartialEq + 'a>(items: impl Iterator<Item = &'a T>, most: usize) -> Vec<T> {
     let mut out: Vec<T> = Vec::new();
     for item in items {
@@ -110,6 +118,18 @@ pub fn resolv_conf(machine: &Machine, leased_dns: &[IpAddr], leased_domains: &[S
         text += &format!("nameserver {server}\n");
     }
     text + "options timeout:2 attempts:2\n"
+}
+
+/// Name servers and domains of the resolver's file, as an earlier run of hostd left it; none without one.
+pub fn read_resolv_conf(run: &Path) -> (Vec<IpAddr>, Vec<String>) {
+    let text = files::read(&run.join("net/resolv.conf"), 64 * 1024).ok().flatten().unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let values = |key: &str| {
+        let lines = text.lines().filter_map(|line| line.split_once(' ')).filter(|(word, _)| *word == key);
+        lines.flat_map(|(_, rest)| rest.split(' ')).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let servers = values("nameserver").iter().filter_map(|server| server.parse().ok()).collect();
+    (servers, values("search"))
 }
 
 /// Writes the resolver's file when it changed.
@@ -157,6 +177,31 @@ mod tests {
             "search example.org lab.example\nnameserver 192.0.2.53\nnameserver 10.0.0.1\nnameserver 10.0.0.2\noptions \
              timeout:2 attempts:2\n"
         );
+    }
+
+    #[test]
+    fn the_resolvers_file_is_read_back_as_it_was_written() {
+        let directory = tempfile::tempdir().unwrap();
+        assert_eq!(read_resolv_conf(directory.path()), (vec![], vec![]));
+        std::fs::create_dir(directory.path().join("net")).unwrap();
+        let machine = Machine { dns_servers: vec!["192.0.2.53".parse().unwrap()], ..Machine::default() };
+        let (dns, domains) = (["10.0.0.1".parse().unwrap()], ["lab.example".into(), "example.org".into()]);
+        let text = resolv_conf(&machine, &dns, &domains);
+        write_resolv_conf(directory.path(), &text).unwrap();
+        let (servers, search) = read_resolv_conf(directory.path());
+        assert_eq!((servers.len(), search.as_slice()), (2, &domains[..]));
+        assert_eq!(resolv_conf(&machine, &servers, &search), text);
+    }
+
+    #[test]
+    fn the_configs_time_servers_are_a_group_of_their_own() {
+        let owned = |names: &[&str]| names.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let machine =
+            Machine { time_servers: owned(&["time.example.org", "10.0.0.1"]), ..Machine::default() };
+        let found = time_servers(&machine, &owned(&["10.0.0.1", "10.0.0.2", "10.0.0.2"]));
+        assert_eq!(found.configured, machine.time_servers);
+        assert_eq!(found.leased, ["10.0.0.2"]);
+        assert!(time_servers(&Machine::default(), &[]).is_empty());
     }
 
     #[test]

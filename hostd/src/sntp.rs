@@ -9,6 +9,10 @@ const NANOS: i128 = 1_000_000_000;
 /// Nanoseconds in one turn of NTP's 32-bit seconds.
 const ERA: i128 = (1 << 32) * NANOS;
 
+/// A time so long after the earliest possible one is no true time: the next turn is what the years before that time
+/// look like, which a server says whose own clock was never set.
+const LATEST: i128 = 50 * 365 * 86_400 * NANOS;
+
 /// Nanoseconds since 1970 as an NTP timestamp.
 pub fn to_ntp(unix_nanos: i128) -> u64 {
     let nanos = (unix_nanos + NTP_TO_UNIX * NANOS).rem_euclid(ERA);
@@ -45,6 +49,9 @@ pub enum Refusal {
     /// The server sends a kiss code instead of the time.
     #[error("the server refuses (asked too often, or access denied)")]
     Refused,
+    /// The server says a time decades off.
+    #[error("the server says a time that cannot be right: its own clock is decades off")]
+    Implausible,
 }
 
 /// A usable answer.
@@ -90,12 +97,15 @@ pub fn parse(packet: &[u8], nonce: u64) -> Result<Answer, Refusal> {
 
 impl Answer {
     /// Compares the clocks. `asked` and `answered` are ours, in nanoseconds since 1970; the true time is not before
-    /// `not_before`.
-    pub fn sample(&self, asked: i128, answered: i128, not_before: i128) -> Sample {
+    /// `not_before`, nor decades after it.
+    pub fn sample(&self, asked: i128, answered: i128, not_before: i128) -> Result<Sample, Refusal> {
         let received = from_ntp(self.received, not_before);
         let sent = from_ntp(self.sent, not_before);
+        if received.max(sent) > not_before + LATEST {
+            return Err(Refusal::Implausible);
+        }
         let delay = ((answered - asked) - (sent - received)).max(0);
-        Sample { offset: ((received - asked) + (sent - answered)) / 2, delay }
+        Ok(Sample { offset: ((received - asked) + (sent - answered)) / 2, delay })
     }
 }
 
@@ -142,6 +152,15 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_server_whose_clock_is_dead_does_not_count_as_one_of_the_next_turn() {
+        let year = 365 * 86_400 * NANOS;
+        let sample = |time: i128| parse(&answer(7, time, time), 7).unwrap().sample(RECENT, RECENT, RECENT);
+        assert_eq!(sample(RECENT - 10 * year), Err(Refusal::Implausible), "2015, which looks like 2151");
+        assert_eq!(sample(RECENT + 51 * year), Err(Refusal::Implausible));
+        assert!(sample(RECENT + 49 * year).is_ok(), "beyond the turn of 2036");
+    }
+
     proptest! {
         #[test]
         fn any_recent_time_survives(nanos in RECENT..RECENT + 100 * 365 * 86_400 * NANOS) {
@@ -155,14 +174,14 @@ mod tests {
             let truth = RECENT + 86_400 * NANOS;
             let ours = truth - error;
             let packet = answer(nonce, truth + there, truth + there + 1000);
-            let sample = parse(&packet, nonce).unwrap().sample(ours, ours + there + 1000 + back, RECENT);
+            let sample = parse(&packet, nonce).unwrap().sample(ours, ours + there + 1000 + back, RECENT).unwrap();
             prop_assert!((sample.offset - error).abs() <= (there + back) / 2 + 2, "{sample:?}");
             prop_assert!((sample.delay - there - back).abs() <= 4);
         }
 
         #[test]
         fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..100), nonce: u64, now in any::<i64>()) {
-            if let Ok(answer) = parse(&bytes, nonce) { answer.sample(now.into(), now.into(), RECENT); }
+            if let Ok(answer) = parse(&bytes, nonce) { let _ = answer.sample(now.into(), now.into(), RECENT); }
             from_ntp(nonce, now.into());
         }
     }

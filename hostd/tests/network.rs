@@ -306,6 +306,32 @@ fn a_lease_renewed_with_another_address_reaches_the_agent_which_never_sees_none(
 }
 
 #[test]
+fn a_hostd_that_is_started_again_keeps_the_name_servers_until_dhcp_has_spoken() {
+    let mut lab = Lab::new();
+    let range = "--dhcp-range=10.9.0.50,10.9.0.60,255.255.255.0,2m";
+    let domain = "--dhcp-option=option:domain-name,lab.example";
+    lab.dnsmasq(&[range, domain, "--dhcp-option=option:dns-server,10.9.0.53"]);
+    let hostd = lab.hostd(&["--network-deadline", "5"]);
+    let before = wait_for("the name server", 20, || {
+        Some(lab.read("run/net/resolv.conf")).filter(|text| text.contains("nameserver 10.9.0.53\n"))
+    });
+    drop(hostd);
+    lab.servers.clear();
+    let notify = notify_socket(&lab.path("notify"));
+    let _hostd = lab.hostd(&["--network-deadline", "2"]);
+    let mut buffer = [0; 4096];
+    while !buffer.starts_with(b"READY=1") {
+        notify.recv(&mut buffer).expect("READY=1 within 20 s");
+        assert_eq!(lab.read("run/net/resolv.conf"), before, "pods are made with it");
+    }
+    lab.dnsmasq(&[range, domain, "--dhcp-option=option:dns-server,10.9.0.54"]);
+    wait_for("the other name server, and only that", 40, || {
+        let text = lab.read("run/net/resolv.conf");
+        (text.contains("nameserver 10.9.0.54\n") && !text.contains("10.9.0.53")).then_some(())
+    });
+}
+
+#[test]
 fn dead_dns_is_told_and_so_is_its_return() {
     let mut lab = Lab::new();
     let link = "{match: {name: eth0}, addresses: [10.9.0.20/24]}";

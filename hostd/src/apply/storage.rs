@@ -25,7 +25,8 @@ pub fn within(step: &Step) -> Duration {
         // Twice: what is certain, then everything.
         Step::Check { .. } => CHECK_DEADLINE * 2,
         Step::GrowFilesystem { .. } => GROW_DEADLINE,
-        Step::GrowPartition { .. }
+        Step::RestoreTable { .. }
+        | Step::GrowPartition { .. }
         | Step::Mount { .. }
         | Step::MountMemory { .. }
         | Step::Directory { .. } => OTHER_DEADLINE,
@@ -35,6 +36,7 @@ pub fn within(step: &Step) -> Duration {
 /// Does one step.
 pub async fn apply(step: &Step) -> Result<()> {
     match step {
+        Step::RestoreTable { disk } => restore_table(disk),
         Step::GrowPartition { disk, number } => grow_partition(disk, *number),
         Step::Format { device, label } => format(device, label).await,
         Step::Check { device, whole } => check(device, *whole).await,
@@ -55,6 +57,21 @@ pub async fn apply(step: &Step) -> Result<()> {
     }
 }
 
+fn restore_table(disk: &Path) -> Result<()> {
+    let table = read_table(disk)?;
+    let file = OpenOptions::new().write(true).open(disk).context("open for writing", disk.display())?;
+    write_table(&file, disk, &table.restore())
+}
+
+/// In this order, each safely on the disk before the next: a power cut leaves one whole table.
+fn write_table(file: &fs::File, disk: &Path, writes: &[(u64, Vec<u8>)]) -> Result<()> {
+    for (offset, content) in writes {
+        file.write_all_at(content, *offset).context("write the partition table of", disk.display())?;
+        file.sync_all().context("write the partition table of", disk.display())?;
+    }
+    Ok(())
+}
+
 fn grow_partition(disk: &Path, number: u32) -> Result<()> {
     let shown = disk.display();
     let table = read_table(disk)?;
@@ -64,11 +81,7 @@ fn grow_partition(disk: &Path, number: u32) -> Result<()> {
         .grow(number, bytes)
         .map_err(|source| Error::PartitionTable { device: shown.to_string(), source })?;
     let Some(growth) = growth else { return Ok(()) };
-    // In this order, each safely on the disk before the next: a power cut leaves one whole table.
-    for (offset, content) in &growth.writes {
-        file.write_all_at(content, *offset).context("write the partition table of", &shown)?;
-        file.sync_all().context("write the partition table of", &shown)?;
-    }
+    write_table(&file, disk, &growth.writes)?;
     sys::resize_partition(&file, number, growth.start, growth.length).context("resize a partition of", &shown)
 }
 
@@ -194,6 +207,7 @@ async fn run(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gpt::Source;
     use crate::observe::storage::inside;
     use crate::plan::storage::{BACKUPS, BEGINNING, Content};
     use std::process::Command as Blocking;
@@ -215,6 +229,33 @@ mod tests {
 
     fn overwrite(path: &Path, at: u64, bytes: &[u8]) {
         OpenOptions::new().write(true).open(path).unwrap().write_all_at(bytes, at).unwrap();
+    }
+
+    #[test]
+    fn a_primary_table_that_is_gone_is_restored_from_the_backup() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk");
+        let last = 4095u64;
+        fs::File::create(&path).unwrap().set_len((last + 1) * 512).unwrap();
+        let mut entries = vec![0; 128 * 128];
+        entries[..32].fill(1);
+        entries[32..40].copy_from_slice(&2048u64.to_le_bytes());
+        entries[40..48].copy_from_slice(&4000u64.to_le_bytes());
+        let mut header =
+            [&b"EFI PART"[..], &0x10000u32.to_le_bytes(), &92u32.to_le_bytes(), &[0; 8]].concat();
+        for word in [last, 1, 34, last - 33, 7, 7, last - 32, 128 | 128 << 32] {
+            header.extend(word.to_le_bytes());
+        }
+        header.extend(crc32fast::hash(&entries).to_le_bytes());
+        let sum = crc32fast::hash(&header);
+        header[16..20].copy_from_slice(&sum.to_le_bytes());
+        overwrite(&path, (last - 32) * 512, &entries);
+        overwrite(&path, last * 512, &header);
+        let found = read_table(&path).unwrap();
+        assert_eq!((found.source(), found.entries()[0].last), (Source::Backup, 4000));
+        restore_table(&path).unwrap();
+        let restored = read_table(&path).unwrap();
+        assert_eq!((restored.source(), restored.entries()), (Source::Primary, found.entries()));
     }
 
     #[tokio::test]

@@ -27,10 +27,12 @@ const NOT_DISKS: [&str; 4] = ["ram", "zram", "fd", "sr"];
 
 /// Looks at everything.
 pub fn observe(from: &Sources) -> Result<Observed> {
+    let (mounted, sources) = mounts(&from.mountinfo)?;
     Ok(Observed {
         disks: disks(from)?,
         boot_partition: boot_partition(&from.sys.join("firmware/efi/efivars").join(BOOT_VARIABLE)),
-        mounted: mounted(&from.mountinfo)?,
+        mounted,
+        sources,
     })
 }
 
@@ -54,6 +56,7 @@ fn disks(from: &Sources) -> Result<Vec<Disk>> {
                     device: from.dev.join(&name),
                     bytes: number(&directory, "size") * 512,
                     removable: number(&directory, "removable") == 1,
+                    by_backup: false,
                     partitions: Vec::new(),
                 };
                 disks.insert(name, disk);
@@ -102,7 +105,8 @@ fn partition(from: &Sources, directory: &Path, name: &str, uevent: &BTreeMap<Str
     }
 }
 
-/// Reads the beginning of our partitions, and the partition table for ids that the kernel does not tell.
+/// Reads the beginning of our partitions, and the partition table: whether it is whole, and ids that the kernel does not
+/// tell.
 fn look_inside(disk: &mut Disk) {
     let ours = disk.partitions.iter().any(|p| p.label == "STATE");
     for partition in &mut disk.partitions {
@@ -111,13 +115,14 @@ fn look_inside(disk: &mut Disk) {
                 .unwrap_or_else(|error| Content::Unreadable(error.to_string()));
         }
     }
-    if disk.partitions.iter().all(|p| p.uuid.is_some()) {
+    if !ours && disk.partitions.iter().all(|p| p.uuid.is_some()) {
         return;
     }
     let Ok(table) = read_table(&disk.device) else { return };
+    disk.by_backup = table.source() == gpt::Source::Backup;
     for entry in table.entries() {
         if let Some(partition) = disk.partitions.iter_mut().find(|p| p.number == entry.number) {
-            partition.uuid = Some(entry.uuid);
+            partition.uuid.get_or_insert(entry.uuid);
         }
     }
 }
@@ -140,11 +145,14 @@ pub fn inside(device: &Path, label: &str) -> std::io::Result<Content> {
 pub fn read_table(device: &Path) -> Result<gpt::Table> {
     let disk = File::open(device).context("open", device.display())?;
     let sector = rustix::fs::ioctl_blksszget(&disk).unwrap_or(512) as usize;
-    let mut start = vec![0; gpt::PRIMARY_BYTES];
-    disk.read_exact_at(&mut start, 0).context("read the partition table of", device.display())?;
-    gpt::Table::parse(&start, sector).map_err(|source| crate::error::Error::PartitionTable {
-        device: device.display().to_string(),
-        source,
+    let bytes = rustix::fs::seek(&disk, rustix::fs::SeekFrom::End(0)).context("measure", device.display())?;
+    let mut start = vec![0; gpt::TABLE_BYTES];
+    let mut end = start.clone();
+    disk.read_exact_at(&mut start, 0)
+        .and_then(|()| disk.read_exact_at(&mut end, bytes.saturating_sub(gpt::TABLE_BYTES as u64)))
+        .context("read the partition table of", device.display())?;
+    gpt::Table::parse(gpt::Ends { start: &start, end: &end, bytes, sector }).map_err(|source| {
+        crate::error::Error::PartitionTable { device: device.display().to_string(), source }
     })
 }
 
@@ -156,9 +164,12 @@ fn boot_partition(variable: &Path) -> Option<String> {
     Some(text.trim_end_matches('\0').to_ascii_lowercase()).filter(|t| !t.is_empty())
 }
 
-fn mounted(mountinfo: &Path) -> Result<Vec<PathBuf>> {
+/// Where something is mounted, and what. A line: `22 1 0:20 / /state rw,noatime - ext4 /dev/vda3 rw`.
+fn mounts(mountinfo: &Path) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
     let text = fs::read_to_string(mountinfo).context("read", mountinfo.display())?;
-    Ok(text.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from).collect())
+    let targets = text.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from).collect();
+    let source = |line: &str| Some(PathBuf::from(line.split_once(" - ")?.1.split(' ').nth(1)?));
+    Ok((targets, text.lines().filter_map(source).collect()))
 }
 
 #[cfg(test)]
@@ -194,6 +205,7 @@ mod tests {
         let observed = observe(&Sources { sys, dev: "/dev".into(), mountinfo }).unwrap();
         assert_eq!(observed.boot_partition.as_deref(), Some("ab-cd"));
         assert_eq!(observed.mounted, [PathBuf::from("/state")]);
+        assert_eq!(observed.sources, [PathBuf::from("/dev/vda3")]);
         let found = &observed.disks[0];
         assert_eq!((found.device.as_path(), found.bytes), (Path::new("/dev/vda"), 1 << 20));
         let partition = &found.partitions[0];

@@ -306,8 +306,7 @@ pub fn link_addresses(desired: &Desired, links: &[Link]) -> Vec<IpAddr> {
     let mut all: Vec<IpAddr> = desired.addresses.iter().map(|a| a.net.addr()).collect();
     let have = links.iter().filter(|l| l.index == desired.index).flat_map(|l| &l.addresses);
     for address in have {
-        let kept = desired.keep_leased && address.seconds.is_some() && address.net.addr().is_ipv4();
-        if kept && !all.contains(&address.net.addr()) {
+        if is_kept(desired, address) && !all.contains(&address.net.addr()) {
             all.push(address.net.addr());
         }
         if let IpAddr::V6(ip) = address.net.addr()
@@ -320,6 +319,20 @@ pub fn link_addresses(desired: &Desired, links: &[Link]) -> Vec<IpAddr> {
         }
     }
     all
+}
+
+/// Whether an address is of a lease from before this start of hostd, kept until DHCP has spoken.
+fn is_kept(desired: &Desired, address: &Address) -> bool {
+    desired.keep_leased && address.seconds.is_some() && address.net.addr().is_ipv4()
+}
+
+/// Whether what a run of hostd before this one learned from DHCP still counts: until there is a lease, and then as long
+/// as another link has the address of its old one. `leased` says whether there is a lease.
+pub fn awaits_lease(desired: &[Desired], links: &[Link], leased: bool) -> bool {
+    desired.iter().any(|want| {
+        let have = links.iter().filter(|l| l.index == want.index).flat_map(|l| &l.addresses);
+        want.keep_leased && (!leased || have.into_iter().any(|address| is_kept(want, address)))
+    })
 }
 
 /// The host's addresses, the one that the outside most likely sees first.
@@ -455,6 +468,15 @@ mod tests {
             ["10.0.0.7".parse::<IpAddr>().unwrap()],
             "the agent keeps it as well"
         );
+        let awaits = |links: &[Link], leases: &BTreeMap<u32, LeaseState>, leased| {
+            awaits_lease(&desired(&Machine::default(), links, leases), links, leased)
+        };
+        assert!(awaits(&links, &BTreeMap::new(), false), "and the resolver its servers");
+        assert!(!awaits(&links, &lost, false));
+        // Of two links one has spoken; the other had a lease too, or never had one.
+        let held = BTreeMap::from([(3, LeaseState::Held(Box::new(lease()), Some(900)))]);
+        assert!(awaits(&[links[0].clone(), card(3)], &held, true));
+        assert!(!awaits(&[card(2), card(3)], &held, true));
         assert!(shown(&lost).is_empty());
     }
 

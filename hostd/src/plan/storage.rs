@@ -20,6 +20,8 @@ pub struct Disk {
     pub bytes: u64,
     /// Whether it can be pulled out.
     pub removable: bool,
+    /// Whether its primary partition table is not whole, so that the backup counts.
+    pub by_backup: bool,
     /// Its partitions.
     pub partitions: Vec<Partition>,
 }
@@ -72,6 +74,8 @@ pub struct Observed {
     pub boot_partition: Option<String>,
     /// Where something is mounted.
     pub mounted: Vec<PathBuf>,
+    /// What is mounted there: devices, and names of what is none.
+    pub sources: Vec<PathBuf>,
 }
 
 /// Where things belong.
@@ -97,6 +101,11 @@ pub enum Mounting {
 /// A step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
+    /// Make the primary partition table anew from its backup.
+    RestoreTable {
+        /// The disk.
+        disk: PathBuf,
+    },
     /// Make a partition reach the end of its disk.
     GrowPartition {
         /// The disk.
@@ -154,6 +163,9 @@ pub enum Step {
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::RestoreTable { disk } => {
+                write!(f, "restore the partition table of {} from its backup", disk.display())
+            }
             Self::GrowPartition { disk, number } => {
                 write!(f, "grow partition {number} to the end of {}", disk.display())
             }
@@ -188,31 +200,47 @@ pub struct Plan {
     pub persistent: bool,
 }
 
-/// Which disk the host booted from, if any has our partitions.
+/// Which disk the host booted from, if any has our partitions and can be it.
+///
+/// Danger: every disk flashed with the same image has the same ids, so the firmware's word may fit more than one. To
+/// take any of them would grow, format and mount what may be another host's.
 pub fn boot_disk(observed: &Observed) -> Result<Option<&Disk>, String> {
-    let has = |disk: &Disk, label: &str| disk.partitions.iter().any(|p| p.label == label);
-    let mut ours: Vec<&Disk> = observed.disks.iter().filter(|d| has(d, "STATE") && has(d, "DATA")).collect();
-    if let Some(uuid) = &observed.boot_partition {
-        let is_boot = |d: &&&Disk| d.partitions.iter().any(|p| p.uuid.as_ref() == Some(uuid));
-        if let Some(disk) = ours.iter().find(is_boot) {
-            return Ok(Some(disk));
-        }
+    let mut ours: Vec<&Disk> = observed.disks.iter().filter(|disk| is_ours(disk)).collect();
+    // Decided before hostd was started again: a disk that was put in since changes nothing.
+    let in_use = |d: &&&Disk| d.partitions.iter().any(|p| observed.sources.contains(&p.device));
+    if let Some(disk) = ours.iter().find(in_use) {
+        return Ok(Some(disk));
     }
-    if ours.len() > 1 && ours.iter().any(|d| !d.removable) {
+    if let Some(uuid) = &observed.boot_partition {
+        // Absent: to take another disk of ours when this one is only late.
+        ours.retain(|d| d.partitions.iter().any(|p| p.uuid.as_ref() == Some(uuid)));
+    } else if ours.iter().any(|d| !d.removable) {
         ours.retain(|d| !d.removable);
     }
     match ours[..] {
         [] => Ok(None),
         [disk] => Ok(Some(disk)),
-        _ => {
-            let names: Vec<String> = ours.iter().map(|d| d.device.display().to_string()).collect();
-            Err(format!(
-                "{} all have partitions STATE and DATA and the firmware does not say which of them booted: remove all \
-                 but one",
-                names.join(", ")
-            ))
-        }
+        _ if observed.boot_partition.is_some() => Err(format!(
+            "{} are flashed with the same image, so nothing tells which of them booted, and none is touched: remove \
+             all but one",
+            names(&ours)
+        )),
+        _ => Err(format!(
+            "{} all have partitions STATE and DATA and the firmware does not say which of them booted: remove all but \
+             one",
+            names(&ours)
+        )),
     }
+}
+
+fn is_ours(disk: &Disk) -> bool {
+    let has = |label: &str| disk.partitions.iter().any(|p| p.label == label);
+    has("STATE") && has("DATA")
+}
+
+fn names(disks: &[&Disk]) -> String {
+    let names: Vec<String> = disks.iter().map(|d| d.device.display().to_string()).collect();
+    names.join(", ")
 }
 
 /// The steps that make the host's storage.
@@ -227,6 +255,14 @@ pub fn plan(observed: &Observed, targets: &Targets) -> Result<Plan, String> {
             return Err("the disk that the firmware booted from is not there, or its partition table is not readable: \
                         check its cable and controller, or flash it again"
                 .into());
+        }
+        None if observed.disks.iter().any(is_ours) => {
+            let ours: Vec<&Disk> = observed.disks.iter().filter(|disk| is_ours(disk)).collect();
+            return Err(format!(
+                "the firmware booted from a disk without partitions STATE and DATA, and those of {} are not touched: \
+                 boot from that disk, or remove it to run from memory",
+                names(&ours)
+            ));
         }
         None => {
             for (target, percent) in [(&targets.state, 5), (&targets.data, 50)] {
@@ -254,6 +290,9 @@ fn lacks_boot_disk(observed: &Observed) -> bool {
 
 fn plan_disk(disk: &Disk, observed: &Observed, targets: &Targets, plan: &mut Plan) -> Result<(), String> {
     let find = |label: &str| disk.partitions.iter().find(|p| p.label == label);
+    if disk.by_backup {
+        plan.steps.push(Step::RestoreTable { disk: disk.device.clone() });
+    }
     if let Some(esp) = find("ESP")
         && !observed.mounted.contains(&targets.esp)
     {
@@ -419,6 +458,7 @@ mod tests {
             device: format!("/dev/{name}").into(),
             bytes: 1 << 30,
             removable: false,
+            by_backup: false,
             partitions: vec![
                 partition(1, "ESP", 1, 300, Content::Fat),
                 partition(2, "STATE", 301, 64, state),
@@ -473,6 +513,9 @@ mod tests {
                 "mount /dev/vda3 at /data",
             ]
         );
+        observed.disks[0].by_backup = true;
+        assert_eq!(steps(&observed)[0], "restore the partition table of /dev/vda from its backup");
+        observed.disks[0].by_backup = false;
         observed.mounted = vec!["/esp".into(), "/state".into(), "/data".into()];
         assert_eq!(steps(&observed), [""; 0]);
     }
@@ -523,6 +566,44 @@ mod tests {
         observed.boot_partition = None;
         observed.disks[0].removable = true;
         assert_eq!(steps(&observed)[0], "mount /dev/sdb1 at /esp read-only");
+    }
+
+    #[test]
+    fn of_several_disks_of_the_same_image_none_is_touched() {
+        let mut observed = Observed { boot_partition: Some("vda-1".into()), ..Observed::default() };
+        for name in ["/dev/sda", "/dev/sdb"] {
+            let mut flashed = disk("vda", [Content::Blank, Content::Blank]);
+            flashed.device = name.into();
+            flashed.partitions.iter_mut().for_each(|p| p.device = format!("{name}{}", p.number).into());
+            observed.disks.push(flashed);
+        }
+        // Which of them the firmware booted does not follow from one being a stick.
+        for removable in [false, true] {
+            observed.disks[1].removable = removable;
+            let error = plan(&observed, &targets()).unwrap_err();
+            assert!(error.starts_with("/dev/sda, /dev/sdb are flashed with the same image"), "{error}");
+            assert!(error.ends_with("remove all but one"), "{error}");
+        }
+        let mut restarted = observed.clone();
+        restarted.mounted = vec!["/esp".into(), "/state".into()];
+        restarted.sources = vec!["/dev/sdb1".into(), "/dev/sdb2".into()];
+        assert_eq!(steps(&restarted)[0], "grow partition 3 to the end of /dev/sdb", "one is in use already");
+        observed.disks.remove(0);
+        assert_eq!(steps(&observed)[0], "mount /dev/sdb1 at /esp read-only");
+    }
+
+    #[test]
+    fn another_disk_is_not_taken_for_the_one_that_booted() {
+        let other = disk("sda", [Content::Blank, Content::Blank]);
+        let mut observed =
+            Observed { boot_partition: Some("sdb-1".into()), disks: vec![other], ..Observed::default() };
+        assert_eq!(boot_disk(&observed), Ok(None), "it may be late");
+        assert!(plan(&observed, &targets()).unwrap_err().contains("is not there"));
+        let mut stick = disk("sdb", [Content::Blank, Content::Blank]);
+        stick.partitions.truncate(1);
+        observed.disks.push(stick);
+        let error = plan(&observed, &targets()).unwrap_err();
+        assert!(error.contains("those of /dev/sda are not touched: boot from that disk"), "{error}");
     }
 
     #[test]
