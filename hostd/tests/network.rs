@@ -3,7 +3,7 @@
 
 mod lab;
 
-use lab::{Lab, notify_socket, wait_for};
+use lab::{Lab, Notify, wait_for};
 use std::io::{Read, Write};
 
 const JOIN: &str = "join: {server: 'https://10.9.0.1:6443', token: abcdef.0123456789abcdef, caPins: \
@@ -65,7 +65,7 @@ fn a_host_with_dhcp_and_time_gets_ready_and_renews() {
     ]);
     lab.role("time");
     std::fs::write(lab.path("esp/machine.yaml"), machine(JOIN)).unwrap();
-    let notify = notify_socket(&lab.path("notify"));
+    let notify = Notify::bind(&lab.path("notify"));
     let mut hostd = lab.hostd(&[]);
     let mut buffer = [0; 4096];
     loop {
@@ -148,7 +148,7 @@ fn without_servers_it_goes_on_after_the_deadline_and_says_why() {
     std::fs::create_dir(lab.path("state/machine")).unwrap();
     std::fs::write(lab.path("state/machine/machine.yaml"), machine("hostname: good\n")).unwrap();
     std::fs::write(lab.path("esp/machine.yaml"), machine("hostname: good\nnetwrk: {}\nkindd: a\n")).unwrap();
-    let notify = notify_socket(&lab.path("notify"));
+    let notify = Notify::bind(&lab.path("notify"));
     let _hostd = lab.hostd(&["--network-deadline", "2"]);
     let mut buffer = [0; 4096];
     while !buffer.starts_with(b"READY=1") {
@@ -253,7 +253,7 @@ fn a_dry_run_prints_the_steps_and_does_none() {
 #[test]
 fn signs_of_life_come_as_often_as_init_wants_and_end_when_it_hangs() {
     let lab = Lab::new();
-    let notify = notify_socket(&lab.path("notify"));
+    let notify = Notify::bind(&lab.path("notify"));
     let hostd = lab.hostd_with(&["--network-deadline", "1"], &[("WATCHDOG_USEC", "1500000")]);
     let mut buffer = [0; 4096];
     let mut alive = || {
@@ -317,7 +317,7 @@ fn a_hostd_that_is_started_again_keeps_the_name_servers_until_dhcp_has_spoken() 
     });
     drop(hostd);
     lab.servers.clear();
-    let notify = notify_socket(&lab.path("notify"));
+    let notify = Notify::bind(&lab.path("notify"));
     let _hostd = lab.hostd(&["--network-deadline", "2"]);
     let mut buffer = [0; 4096];
     while !buffer.starts_with(b"READY=1") {

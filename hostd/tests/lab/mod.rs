@@ -1,6 +1,7 @@
 //! A network of two namespaces joined by a cable: the host under test at one end, its servers at the other. Nothing
 //! touches the machine's own network, clock or name. Everything ends when the lab is dropped.
 
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -218,8 +219,22 @@ impl Lab {
 }
 
 /// Socket for the readiness protocol.
-pub fn notify_socket(path: &Path) -> std::os::unix::net::UnixDatagram {
-    let socket = std::os::unix::net::UnixDatagram::bind(path).unwrap();
-    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-    socket
+pub struct Notify(UnixDatagram);
+
+impl Notify {
+    pub fn bind(path: &Path) -> Self {
+        let socket = UnixDatagram::bind(path).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        Self(socket)
+    }
+
+    /// The next message. A machine that was stopped and goes on interrupts whoever waits with a deadline (signal(7)).
+    pub fn recv(&self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        loop {
+            match self.0.recv(buffer) {
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                result => return result,
+            }
+        }
+    }
 }
