@@ -118,7 +118,7 @@ fn pod_reads_a_secret_and_calls_the_api_server() -> anyhow::Result<()> {
   containers:
   - name: main
     image: registry.lab:5000/curl:1
-    args: [-sS, --fail, --max-time, '60', --cacert, /var/run/secrets/kubernetes.io/serviceaccount/ca.crt, -H, '@/work/header', -K, /work/url]
+    args: [-sS, --fail, --http1.1, --max-time, '60', --retry, '5', --retry-all-errors, --cacert, /var/run/secrets/kubernetes.io/serviceaccount/ca.crt, -H, '@/work/header', -K, /work/url]
     volumeMounts: [{{name: work, mountPath: /work}}]
 "
         ),
