@@ -16,6 +16,7 @@ pub mod exec;
 pub mod images;
 pub mod logs;
 pub mod notify;
+pub mod roots;
 pub mod server;
 pub mod service;
 pub mod spec;

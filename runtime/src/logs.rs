@@ -5,9 +5,10 @@
 //! bytes come out in the order they came in, none missing; only the last piece of a line is marked `F`.
 
 use crate::error::{Error, Result};
+use crate::roots::Roots;
 use bytes::Bytes;
-use std::os::unix::fs::{MetadataExt, fchown, lchown};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -129,6 +130,24 @@ impl Written {
     }
 }
 
+/// Where a container's log is to be.
+#[derive(Debug, Clone)]
+pub struct LogPlace {
+    /// How far the path may lead.
+    pub roots: Arc<Roots>,
+    /// Its path.
+    pub path: PathBuf,
+}
+
+impl LogPlace {
+    async fn open(&self) -> Result<tokio::fs::File> {
+        let place = self.clone();
+        let opened = tokio::task::spawn_blocking(move || place.roots.log(&place.path)).await;
+        let opened = opened.map_err(|error| Error::Invalid(error.to_string()))?;
+        opened.map(tokio::fs::File::from_std)
+    }
+}
+
 /// Handle of a writer task; the task ends when all handles are gone, and has then written everything.
 #[derive(Clone)]
 pub struct LogWriter {
@@ -141,11 +160,11 @@ pub type Finished = tokio::task::JoinHandle<()>;
 
 impl LogWriter {
     /// Opens the log, and its directory where it is missing, and starts the writer.
-    pub async fn open(path: &Path) -> Result<(Self, Finished)> {
-        let file = open(path).await?;
+    pub async fn open(place: LogPlace) -> Result<(Self, Finished)> {
+        let file = place.open().await?;
         let (sender, receiver) = mpsc::channel(64);
         let (progress, written) = watch::channel(Written::default());
-        let task = tokio::spawn(write_all(path.to_owned(), file, receiver, progress));
+        let task = tokio::spawn(write_all(place, file, receiver, progress));
         Ok((Self { sender, written }, task))
     }
 
@@ -173,36 +192,8 @@ impl LogWriter {
     }
 }
 
-/// Opens a log. Logs can hold anything, so they are for root and for whoever owns the directory (the agent, which
-/// serves them) alone.
-async fn open(path: &Path) -> Result<tokio::fs::File> {
-    let existing = path.ancestors().skip(1).find_map(|p| Some((p, std::fs::metadata(p).ok()?)));
-    let (existing, owner) =
-        existing.ok_or_else(|| Error::Invalid(format!("log path {} is not usable", path.display())))?;
-    let is_root = rustix::process::geteuid().is_root();
-    let mut missing: Vec<&Path> = path.ancestors().skip(1).take_while(|p| *p != existing).collect();
-    while let Some(directory) = missing.pop() {
-        match std::fs::create_dir(directory) {
-            Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
-                return Err(Error::io("make", directory)(e));
-            }
-            _ if is_root => lchown(directory, Some(owner.uid()), Some(owner.gid()))
-                .map_err(Error::io("give to its owner", directory))?,
-            _ => {}
-        }
-    }
-    let mut options = tokio::fs::OpenOptions::new();
-    // Not through a link that the directory's owner could have put there.
-    let options = options.create(true).append(true).mode(0o640).custom_flags(libc::O_NOFOLLOW);
-    let file = options.open(path).await.map_err(Error::io("open log", path))?;
-    if is_root {
-        fchown(&file, Some(owner.uid()), Some(owner.gid())).map_err(Error::io("give to its owner", path))?;
-    }
-    Ok(file)
-}
-
 async fn write_all(
-    path: PathBuf,
+    place: LogPlace,
     mut file: tokio::fs::File,
     mut messages: mpsc::Receiver<Message>,
     progress: watch::Sender<Written>,
@@ -223,26 +214,26 @@ async fn write_all(
                 }
                 Message::End(source) => lines.end(source, &time, &mut out),
                 Message::Reopen(reply) => {
-                    failed = !flush(&path, &mut file, &mut out, failed).await;
+                    failed = !flush(&place.path, &mut file, &mut out, failed).await;
                     reopened.push(reply);
                 }
             }
         }
-        failed = !flush(&path, &mut file, &mut out, failed).await;
+        failed = !flush(&place.path, &mut file, &mut out, failed).await;
         // What was lost to a full disk counts too: it will not fit later either.
         progress.send_replace(Written {
             stdout: taken.stdout - lines.held(Source::Stdout),
             stderr: taken.stderr - lines.held(Source::Stderr),
         });
         for reply in reopened {
-            let result = open(&path).await.map(|new| file = new);
+            let result = place.open().await.map(|new| file = new);
             let _ = reply.send(result); // the caller may have given up
         }
     }
     for source in [Source::Stdout, Source::Stderr] {
         lines.end(source, &now(), &mut out);
     }
-    flush(&path, &mut file, &mut out, failed).await;
+    flush(&place.path, &mut file, &mut out, failed).await;
     progress.send_replace(taken);
 }
 
@@ -339,23 +330,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_log_belongs_to_the_owner_of_its_directory() {
-        let dir = tempfile::tempdir().unwrap();
-        let owner =
-            if rustix::process::geteuid().is_root() { 800 } else { rustix::process::geteuid().as_raw() };
-        lchown(dir.path(), Some(owner), None).unwrap();
-        let path = dir.path().join("pod/container/0.log");
-        drop(LogWriter::open(&path).await.unwrap());
-        for path in [path.as_path(), path.parent().unwrap()] {
-            assert_eq!(std::fs::metadata(path).unwrap().uid(), owner);
-        }
-    }
-
-    #[tokio::test]
     async fn a_rotated_log_goes_on_in_a_new_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("c/0.log");
-        let (writer, finished) = LogWriter::open(&path).await.unwrap();
+        let roots = Arc::new(Roots::below(dir.path(), dir.path()));
+        let place = LogPlace { roots, path: path.clone() };
+        let (writer, finished) = LogWriter::open(place).await.unwrap();
         writer.data(Source::Stdout, Bytes::from_static(b"one\n")).await;
         writer.reopen().await.unwrap();
         std::fs::rename(&path, path.with_extension("1")).unwrap();

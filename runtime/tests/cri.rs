@@ -296,10 +296,10 @@ async fn volumes_are_sent_and_sent_again_and_copied_back() {
     let fixture = Fixture::new().await;
     let mut client = fixture.client().await;
     let sandbox = client.sandbox("volumes").await;
-    let tree = fixture.directory.path().join("tree");
+    let tree = fixture.pods().join("tree");
     std::fs::create_dir_all(tree.join("..1")).unwrap();
     std::os::unix::fs::symlink("..1", tree.join("..data")).unwrap();
-    let file = fixture.directory.path().join("termination");
+    let file = fixture.pods().join("termination");
     std::fs::write(&file, "").unwrap();
     let mount = |host: &std::path::Path, to: &str, readonly| Mount {
         host_path: host.display().to_string(),
@@ -342,6 +342,67 @@ async fn volumes_are_sent_and_sent_again_and_copied_back() {
     let error = client.create_with(&sandbox, config).await.unwrap_err();
     assert_eq!(error.code(), Code::InvalidArgument);
     assert!(error.message().contains("emptyDir"), "{}", error.message());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_of_the_host_beyond_the_roots_reaches_a_pod_or_is_written_for_one() {
+    let fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let outside = fixture.directory.path().join("outside");
+    std::fs::create_dir(&outside).unwrap();
+    std::fs::write(outside.join("secret"), "of root").unwrap();
+    std::os::unix::fs::symlink(&outside, fixture.pods().join("link")).unwrap();
+    let sandbox = client.sandbox("curious").await;
+    for path in [outside.clone(), outside.join("secret"), fixture.pods().join("link/secret")] {
+        for readonly in [true, false] {
+            let mut config = client.container_config("curious", &["sleep"]);
+            config.mounts = vec![Mount {
+                host_path: path.display().to_string(),
+                container_path: "/x".into(),
+                readonly,
+                ..Default::default()
+            }];
+            let error = client.create_with(&sandbox, config).await.unwrap_err();
+            assert_eq!(error.code(), Code::InvalidArgument);
+            assert!(error.message().contains(&fixture.pods().display().to_string()), "{}", error.message());
+        }
+    }
+    for log in ["/secret", "../../outside/secret"] {
+        let mut config = client.container_config("writer", &["echo", "x"]);
+        config.log_path =
+            format!("{}{log}", if log.starts_with('/') { outside.to_str().unwrap() } else { "" });
+        assert_eq!(client.create_with(&sandbox, config).await.unwrap_err().code(), Code::InvalidArgument);
+    }
+    let mut config = client.sandbox_config("elsewhere");
+    config.log_directory = outside.display().to_string();
+    let error = client.sandbox_with(config).await.unwrap_err();
+    assert!(error.message().contains("--log-root"), "{}", error.message());
+    assert_eq!(fixture.host.containers_of(&sandbox), 0);
+    assert_eq!(std::fs::read_to_string(outside.join("secret")).unwrap(), "of root");
+    assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_exchanged_for_a_link_while_its_container_runs_is_not_written_through() {
+    let fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let sandbox = client.sandbox("exchange").await;
+    let outside = fixture.directory.path().join("secret");
+    std::fs::write(&outside, "of root").unwrap();
+    let message = fixture.pods().join("message");
+    std::fs::write(&message, "").unwrap();
+    let mut config = client.container_config("main", &["sleep"]);
+    config.mounts = vec![Mount {
+        host_path: message.display().to_string(),
+        container_path: "/dev/termination-log".into(),
+        ..Default::default()
+    }];
+    let main = client.create_with(&sandbox, config).await.unwrap();
+    client.start(&main).await;
+    std::fs::remove_file(&message).unwrap();
+    std::os::unix::fs::symlink(&outside, &message).unwrap();
+    client.stop_container(&main, 5).await;
+    assert_eq!(std::fs::read_to_string(&outside).unwrap(), "of root");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,6 +5,7 @@
 //! delays nobody but itself.
 
 use crate::console::Console;
+use crate::logs::LogPlace;
 use crate::service::container::{ContainerEvent, ContainerPhase};
 use crate::service::jobs;
 use crate::service::owner::{Container, Done, Owner};
@@ -139,9 +140,10 @@ impl Owner {
             return false;
         }
         container.reopening = true;
-        let (id, log_path, tty) = (id.clone(), container.log_path.clone(), container.spec.tty);
+        let (id, tty) = (id.clone(), container.spec.tty);
+        let log = container.log_path.clone().map(|path| LogPlace { roots: self.shared.roots.clone(), path });
         self.jobs.spawn(async move {
-            let console = jobs::reopen_stdio(vm, &id, log_path, tty).await;
+            let console = jobs::reopen_stdio(vm, &id, log, tty).await;
             Done::ConsoleBack(id, console)
         });
         true

@@ -7,7 +7,8 @@
 use crate::console::{Console, Receipts};
 use crate::error::{Error, Result, within};
 use crate::images::Image;
-use crate::logs::LogWriter;
+use crate::logs::{LogPlace, LogWriter};
+use crate::roots::Roots;
 use crate::service::Shared;
 use crate::service::owner::Done;
 use crate::service::process::{self, SIGKILL, SIGTERM};
@@ -82,7 +83,8 @@ impl Making {
         let layers = self.map(&image).await?;
         let mut served = Vec::with_capacity(self.spec.mounts.len());
         for mount in &self.spec.mounts {
-            served.push((mount, volumes::classify(mount, &self.sandbox.scratch_volumes)?));
+            served
+                .push((mount, volumes::classify(mount, &self.sandbox.scratch_volumes, &self.shared.roots)?));
         }
         let trees = self.publish(&served).await?;
         let mut mounts = Vec::with_capacity(served.len());
@@ -95,12 +97,11 @@ impl Making {
                     let image = self.image(&image)?;
                     MountSource::Image { layers: self.map(&image).await? }
                 }
-                Served::File { path, copy_back: back } => {
-                    let source = volumes::read_file(&path)?;
+                Served::File { file, copy_back: back } => {
                     if back {
-                        copy_back.push((mount.container_path.clone(), path));
+                        copy_back.push((mount.container_path.clone(), file.path().to_owned()));
                     }
-                    source
+                    volumes::read_file(&file)?
                 }
             };
             let target = mount.container_path.clone();
@@ -127,9 +128,10 @@ impl Making {
             if self.known_trees.contains(name) || trees.iter().any(|(n, _, _)| n == name) {
                 continue;
             }
+            let path = directory.path().to_owned();
             let watched =
                 watch::publish_and_watch(self.vm.link.clone(), name.clone(), directory.clone()).await?;
-            trees.push((name.clone(), directory.clone(), watched));
+            trees.push((name.clone(), path, watched));
         }
         Ok(trees)
     }
@@ -163,15 +165,15 @@ pub(super) struct Starting {
     pub vm: Arc<PodVm>,
     pub id: ContainerId,
     pub stdio: Option<Expected>,
-    pub log_path: Option<PathBuf>,
+    pub log: Option<LogPlace>,
     pub tty: bool,
 }
 
 impl Starting {
     pub async fn run(self) -> Result<Arc<Console>> {
         // First, so that a log that cannot be written is an error of the start, and nothing is lost.
-        let log = match &self.log_path {
-            Some(path) => Some(LogWriter::open(path).await?),
+        let log = match self.log {
+            Some(place) => Some(LogWriter::open(place).await?),
             None => None,
         };
         let stdio =
@@ -218,6 +220,7 @@ pub(super) struct Ending {
     pub id: ContainerId,
     pub console: Option<Arc<Console>>,
     pub copy_back: Vec<(String, PathBuf)>,
+    pub roots: Arc<Roots>,
 }
 
 impl Ending {
@@ -229,7 +232,7 @@ impl Ending {
         for (target, path) in self.copy_back {
             let call = Call::ReadFile { container: self.id.clone(), target };
             let result = match vm.link.call(call, CALL_DEADLINE).await {
-                Ok(Reply::File { base64 }) => volumes::write_back(&path, &base64),
+                Ok(Reply::File { base64 }) => volumes::write_back(&self.roots, &path, &base64),
                 Ok(_) => Ok(()),
                 Err(error) => Err(error),
             };
@@ -337,12 +340,12 @@ pub(super) async fn list(sandbox: SandboxId, vm: Arc<PodVm>) -> Done {
 pub(super) async fn reopen_stdio(
     vm: Arc<PodVm>,
     id: &ContainerId,
-    log_path: Option<PathBuf>,
+    log: Option<LogPlace>,
     tty: bool,
 ) -> Option<Arc<Console>> {
     let reopen = async {
-        let log = match &log_path {
-            Some(path) => Some(LogWriter::open(path).await?),
+        let log = match log {
+            Some(place) => Some(LogWriter::open(place).await?),
             None => None,
         };
         let (number, stream) = vm.link.expect_stream();

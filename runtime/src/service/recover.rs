@@ -319,7 +319,8 @@ impl Owner {
 
     fn watch_trees(&mut self, id: &SandboxId, vm: &PodVm, trees: BTreeMap<String, PathBuf>) {
         for (name, directory) in trees {
-            match watch_again(vm.link.clone(), name.clone(), directory) {
+            let found = self.shared.roots.volume(&directory).map(Arc::new);
+            match found.and_then(|found| watch_again(vm.link.clone(), name.clone(), found)) {
                 Ok(watched) => {
                     if let Some(sandbox) = self.sandboxes.get_mut(id) {
                         sandbox.watches.insert(name, watched);

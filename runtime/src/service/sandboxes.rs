@@ -16,6 +16,7 @@ use atoll_spec::guest::{GuestConfig, GuestNetwork};
 use atoll_spec::ids::{ContainerId, SandboxId};
 use atoll_spec::units::GuestCid;
 use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 use std::sync::Arc;
 use tokio::sync::watch;
 
@@ -45,6 +46,9 @@ impl Owner {
                 "pod {}/{} attempt {} has sandbox {} already: stop that one, or count the attempt up",
                 name.namespace, name.name, name.attempt, twin.id
             )));
+        }
+        if !spec.log_directory.is_empty() {
+            self.shared.roots.check_log(Path::new(&spec.log_directory))?;
         }
         self.shared.launcher.host.check().map_err(Error::State)?;
         self.network.clone().map_err(|why| Error::State(format!("pods have no network: {why}")))?;

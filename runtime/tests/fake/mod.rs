@@ -24,7 +24,7 @@ use futures_util::future::BoxFuture;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
@@ -318,6 +318,10 @@ impl Fixture {
             &path("data"),
             "--run",
             &path("run"),
+            "--volume-root",
+            &path("pods"),
+            "--log-root",
+            &path("logs"),
             "--mkfs-ext4",
             "/bin/true",
             "--scratch-mib",
@@ -330,6 +334,9 @@ impl Fixture {
         .config;
         config.socket_gid = 0;
         config.unpack_uid = 0;
+        for root in ["pods", "logs"] {
+            std::fs::create_dir(directory.path().join(root)).unwrap();
+        }
         store_image(&directory.path().join("data/images"));
         let mut fixture = Self { host: FakeHost::default(), config, directory, app: None };
         fixture.start().await;
@@ -343,6 +350,11 @@ impl Fixture {
     pub async fn restart(&mut self) {
         self.app.take().unwrap().stop().await;
         self.start().await;
+    }
+
+    /// Where mounts of containers may lie.
+    pub fn pods(&self) -> PathBuf {
+        self.directory.path().join("pods")
     }
 
     pub async fn client(&self) -> Client {
