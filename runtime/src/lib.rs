@@ -14,6 +14,7 @@ pub mod cri;
 pub mod error;
 pub mod exec;
 pub mod images;
+pub mod log_file;
 pub mod logs;
 pub mod notify;
 pub mod roots;

@@ -1,15 +1,15 @@
 //! Container logs in the CRI format: `<RFC3339Nano> stdout|stderr P|F message`.
 //!
 //! One writer task per running container, fed by `console`. [`Lines`] is pure and turns bytes into log lines; [`LogWriter`]
-//! owns the file and reopens it after a rotation. Invariants: a log line holds at most [`LINE_BYTES`] of the message;
+//! owns the file (`log_file`) and reopens it after a rotation. Invariants: a log line holds at most [`LINE_BYTES`] of the message;
 //! bytes come out in the order they came in, none missing; only the last piece of a line is marked `F`.
 
 use crate::error::{Error, Result};
+use crate::log_file::{LogFile, Unended};
 use crate::roots::Roots;
 use bytes::Bytes;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use tokio::io::AsyncWriteExt;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// Longest message in one log line.
@@ -25,7 +25,8 @@ pub enum Source {
 }
 
 impl Source {
-    fn name(self) -> &'static str {
+    /// As log lines have it.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Stdout => "stdout",
             Self::Stderr => "stderr",
@@ -38,6 +39,7 @@ impl Source {
 pub struct Lines {
     stdout: Vec<u8>,
     stderr: Vec<u8>,
+    unended: Unended,
 }
 
 impl Lines {
@@ -52,11 +54,13 @@ impl Lines {
             let end = data.iter().take(room + 1).position(|b| *b == b'\n');
             match end {
                 Some(end) => {
+                    *self.unended.of(source) = false;
                     held.extend_from_slice(&data[..end]);
                     emit(source, 'F', held, time, out);
                     data = &data[end + 1..];
                 }
                 None if data.len() > room => {
+                    *self.unended.of(source) = true;
                     held.extend_from_slice(&data[..room]);
                     emit(source, 'P', held, time, out);
                     data = &data[room..];
@@ -84,6 +88,7 @@ impl Lines {
             Source::Stderr => &mut self.stderr,
         };
         if !held.is_empty() {
+            *self.unended.of(source) = false;
             emit(source, 'F', held, time, out);
         }
     }
@@ -96,7 +101,7 @@ fn emit(source: Source, tag: char, held: &mut Vec<u8>, time: &str, out: &mut Vec
 }
 
 /// The time as log lines have it.
-fn now() -> String {
+pub fn now() -> String {
     format!("{:.9}", jiff::Timestamp::now())
 }
 
@@ -139,15 +144,6 @@ pub struct LogPlace {
     pub path: PathBuf,
 }
 
-impl LogPlace {
-    async fn open(&self) -> Result<tokio::fs::File> {
-        let place = self.clone();
-        let opened = tokio::task::spawn_blocking(move || place.roots.log(&place.path)).await;
-        let opened = opened.map_err(|error| Error::Invalid(error.to_string()))?;
-        opened.map(tokio::fs::File::from_std)
-    }
-}
-
 /// Handle of a writer task; the task ends when all handles are gone, and has then written everything.
 #[derive(Clone)]
 pub struct LogWriter {
@@ -161,10 +157,11 @@ pub type Finished = tokio::task::JoinHandle<()>;
 impl LogWriter {
     /// Opens the log, and its directory where it is missing, and starts the writer.
     pub async fn open(place: LogPlace) -> Result<(Self, Finished)> {
-        let file = place.open().await?;
+        let opened = tokio::task::spawn_blocking(move || LogFile::open(place)).await;
+        let file = opened.map_err(|error| Error::Invalid(error.to_string()))??;
         let (sender, receiver) = mpsc::channel(64);
         let (progress, written) = watch::channel(Written::default());
-        let task = tokio::spawn(write_all(place, file, receiver, progress));
+        let task = tokio::spawn(write_all(Shared(Arc::new(Mutex::new(file))), receiver, progress));
         Ok((Self { sender, written }, task))
     }
 
@@ -192,16 +189,33 @@ impl LogWriter {
     }
 }
 
-async fn write_all(
-    place: LogPlace,
-    mut file: tokio::fs::File,
-    mut messages: mpsc::Receiver<Message>,
-    progress: watch::Sender<Written>,
-) {
+/// The file, for the threads that may wait for the disk; one at a time.
+struct Shared(Arc<Mutex<LogFile>>);
+
+impl Shared {
+    async fn with<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut LogFile) -> T + Send + 'static,
+    ) -> Result<T> {
+        let file = self.0.clone();
+        let work = move || work(&mut file.lock().unwrap_or_else(PoisonError::into_inner));
+        tokio::task::spawn_blocking(work).await.map_err(|_| Error::Stopping)
+    }
+
+    /// Writes what is waiting.
+    async fn append(&self, out: &mut Vec<u8>, unended: Unended) {
+        let records = std::mem::take(out);
+        if !records.is_empty() {
+            // It only fails at shutdown.
+            let _ = self.with(move |file| file.append(&records, unended)).await;
+        }
+    }
+}
+
+async fn write_all(file: Shared, mut messages: mpsc::Receiver<Message>, progress: watch::Sender<Written>) {
     let mut lines = Lines::default();
     let mut taken = Written::default();
     let mut out = Vec::new();
-    let mut failed = false;
     let mut batch = Vec::new();
     while messages.recv_many(&mut batch, 32).await > 0 {
         let mut reopened = Vec::new();
@@ -214,46 +228,27 @@ async fn write_all(
                 }
                 Message::End(source) => lines.end(source, &time, &mut out),
                 Message::Reopen(reply) => {
-                    failed = !flush(&place.path, &mut file, &mut out, failed).await;
+                    file.append(&mut out, lines.unended).await;
                     reopened.push(reply);
                 }
             }
         }
-        failed = !flush(&place.path, &mut file, &mut out, failed).await;
+        file.append(&mut out, lines.unended).await;
         // What was lost to a full disk counts too: it will not fit later either.
         progress.send_replace(Written {
             stdout: taken.stdout - lines.held(Source::Stdout),
             stderr: taken.stderr - lines.held(Source::Stderr),
         });
         for reply in reopened {
-            let result = place.open().await.map(|new| file = new);
+            let result = file.with(LogFile::reopen).await.flatten();
             let _ = reply.send(result); // the caller may have given up
         }
     }
     for source in [Source::Stdout, Source::Stderr] {
         lines.end(source, &now(), &mut out);
     }
-    flush(&place.path, &mut file, &mut out, failed).await;
+    file.append(&mut out, lines.unended).await;
     progress.send_replace(taken);
-}
-
-/// Writes what is waiting; a full disk loses output rather than blocking the container for ever, and is told once.
-async fn flush(path: &Path, file: &mut tokio::fs::File, out: &mut Vec<u8>, told: bool) -> bool {
-    if out.is_empty() {
-        return !told;
-    }
-    let result = async {
-        file.write_all(out).await?;
-        file.flush().await
-    };
-    let result = result.await;
-    out.clear();
-    if let Err(error) = &result
-        && !told
-    {
-        tracing::error!(path = %path.display(), %error, "cannot write a container's log: output is lost");
-    }
-    result.is_ok()
 }
 
 #[cfg(test)]

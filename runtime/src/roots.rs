@@ -113,7 +113,7 @@ impl Roots {
         below(&self.logs, path, "logs", "--log-root").map(|_| ())
     }
 
-    /// Opens a log to append to, and makes it and its directories where they are missing. Logs can hold anything, so they
+    /// Opens a log to append to (and to see how it ends), and makes it and its directories where they are missing. Logs can hold anything, so they
     /// are for root and for whoever owns the directory (the agent, which serves them) alone.
     pub fn log(&self, path: &Path) -> Result<File> {
         let (root, inside) = below(&self.logs, path, "logs", "--log-root")?;
@@ -126,7 +126,7 @@ impl Roots {
             directory = enter(directory.as_fd(), Path::new(step.as_os_str())).map_err(failed)?;
         }
         // A FIFO must not hold us up.
-        let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::NONBLOCK;
+        let flags = OFlags::RDWR | OFlags::APPEND | OFlags::CREATE | OFlags::NONBLOCK;
         let file = open_inside(directory.as_fd(), Path::new(name), flags, NO_LINKS).map_err(failed)?;
         let (of_file, of_directory) = (stat(file.as_fd(), path)?, stat(directory.as_fd(), path)?);
         if FileType::from_raw_mode(of_file.st_mode) != FileType::RegularFile {
