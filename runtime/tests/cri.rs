@@ -292,6 +292,98 @@ async fn pods_survive_a_restart_of_the_runtime() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_fails_once_after_a_restart_of_the_runtime_is_asked_again() {
+    let mut fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let sandbox = client.sandbox("patience").await;
+    client.run(&sandbox, "running", &["cat"]).await;
+    let ended = client.run(&sandbox, "ended", &["echo", "last words"]).await;
+    let before = client.ended(&ended).await;
+
+    fixture.app.take().unwrap().stop().await;
+    // As if this one had ended, and had said all that it said, while the runtime was away.
+    let state = fixture.config.sandboxes().join(&sandbox).join("state.json");
+    let mut record: serde_json::Value = serde_json::from_slice(&std::fs::read(&state).unwrap()).unwrap();
+    for container in record["containers"].as_array_mut().unwrap().iter_mut().filter(|c| c["id"] == ended) {
+        container["phase"] = serde_json::json!({ "running": { "started_ns": 1 } });
+    }
+    std::fs::write(&state, record.to_string()).unwrap();
+    std::fs::remove_file(&before.log_path).unwrap();
+    fixture.host.vmm(&sandbox).inject(Fault::List);
+    fixture.host.vmm(&sandbox).inject(Fault::Stdio);
+    fixture.start().await;
+
+    let mut client = fixture.client().await;
+    let after = client.ended(&ended).await;
+    assert_eq!((after.exit_code, after.reason.as_str()), (0, "Completed"));
+    let log = std::fs::read_to_string(&after.log_path).unwrap();
+    assert!(log.contains("stdout F last words"), "{log}");
+    for fault in [Fault::List, Fault::Stdio] {
+        assert!(!fixture.host.vmm(&sandbox).is_waiting(fault));
+    }
+    // And again for one that runs on.
+    fixture.app.take().unwrap().stop().await;
+    let vmm = fixture.host.vmm(&sandbox);
+    let before = vmm.reopened.load(std::sync::atomic::Ordering::SeqCst);
+    vmm.inject(Fault::Stdio);
+    fixture.start().await;
+    let open = async {
+        while vmm.reopened.load(std::sync::atomic::Ordering::SeqCst) == before {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), open).await.expect("the output was never opened again");
+    assert!(!vmm.is_waiting(Fault::Stdio));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_end_of_a_container_is_on_disk_before_its_guest_may_forget_it() {
+    let fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let sandbox = client.sandbox("end").await;
+    let file = fixture.pods().join("message");
+    std::fs::write(&file, "").unwrap();
+    let mut config = client.container_config("main", &["exit", "4"]);
+    config.mounts = vec![Mount {
+        host_path: file.display().to_string(),
+        container_path: "/dev/termination-log".into(),
+        ..Default::default()
+    }];
+    let main = client.create_with(&sandbox, config).await.unwrap();
+    // Between the end and its record there is work to do, which takes a while.
+    fixture.host.vmm(&sandbox).inject(Fault::File);
+    client.start(&main).await;
+    let mut records = fixture.host.vmm(&sandbox).records.subscribe();
+    let acknowledged = records.wait_for(|records| !records.is_empty());
+    let records = tokio::time::timeout(Duration::from_secs(10), acknowledged).await;
+    let records = records.expect("the end was never acknowledged").unwrap().clone();
+    let record: serde_json::Value = serde_json::from_str(&records[0]).unwrap();
+    assert_eq!(record["containers"][0]["phase"]["exited"]["code"], 4, "{record}");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "late");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_end_that_cannot_be_written_stays_with_the_guest_until_it_can() {
+    let fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let sandbox = client.sandbox("stuck").await;
+    let main = client.run(&sandbox, "main", &["sleep"]).await;
+    // In the place of the new record is a directory: writing it fails.
+    let obstacle = fixture.config.sandboxes().join(&sandbox).join("state.new");
+    std::fs::create_dir(&obstacle).unwrap();
+    client.stop_container(&main, 5).await;
+    assert_eq!(client.ended(&main).await.exit_code, 143);
+    assert!(fixture.host.vmm(&sandbox).records.borrow().is_empty());
+    std::fs::remove_dir(&obstacle).unwrap();
+    let mut records = fixture.host.vmm(&sandbox).records.subscribe();
+    let acknowledged = records.wait_for(|records| !records.is_empty());
+    let records = tokio::time::timeout(Duration::from_secs(10), acknowledged).await;
+    let records = records.expect("the end was never acknowledged").unwrap().clone();
+    let record: serde_json::Value = serde_json::from_str(&records[0]).unwrap();
+    assert_eq!(record["containers"][0]["phase"]["exited"]["code"], 143, "{record}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn volumes_are_sent_and_sent_again_and_copied_back() {
     let fixture = Fixture::new().await;
     let mut client = fixture.client().await;

@@ -81,6 +81,8 @@ impl Owner {
             console: None,
             in_start: false,
             reopening: false,
+            reopen_failures: 0,
+            kept: false,
             ending: None,
             exited: watch::Sender::new(false),
             remove_waiters: Vec::new(),
@@ -269,6 +271,7 @@ impl Owner {
             if self.move_container(id, &ContainerEvent::Exited(ended)) {
                 self.emit(&sandbox, id.as_str(), EventKind::Stopped);
             }
+            self.keep_exits(&sandbox);
         }
     }
 
@@ -346,6 +349,7 @@ impl Owner {
             for waiter in container.remove_waiters {
                 answer(waiter, Ok(()));
             }
+            self.keep_exits(&container.sandbox);
         }
     }
 

@@ -12,6 +12,7 @@ use crate::roots::Roots;
 use crate::service::Shared;
 use crate::service::owner::Done;
 use crate::service::process::{self, SIGKILL, SIGTERM};
+use crate::service::recover;
 use crate::spec::{ContainerSpec, MountSpec, Resources, SandboxSpec};
 use crate::vm::guest::Expected;
 use crate::vm::pod::{CALL_DEADLINE, PodVm};
@@ -20,7 +21,7 @@ use crate::volumes::{self, Served};
 use atoll_spec::guest::{self, Call, GuestErrorKind, Layer, MountSource, Process, Reply};
 use atoll_spec::ids::{ContainerId, SandboxId};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -317,6 +318,12 @@ pub(super) async fn update_limits(
     vm.link.call(call, CALL_DEADLINE).await.map(|_| ())
 }
 
+/// Keeps the ends of containers, as the record has them, over a power cut.
+pub(super) fn keep(root: &Path, sandbox: SandboxId, containers: Vec<ContainerId>) -> Done {
+    let result = recover::sync(root, &sandbox);
+    Done::ExitsKept(sandbox, containers, result)
+}
+
 /// Tells the guest that events up to `sequence` are kept.
 pub(super) async fn acknowledge(sandbox: SandboxId, vm: Arc<PodVm>, sequence: u64) -> Done {
     // When this fails, the guest sends them again, which changes nothing.
@@ -336,13 +343,23 @@ pub(super) async fn list(sandbox: SandboxId, vm: Arc<PodVm>) -> Done {
     }
 }
 
+/// What became of the stdio of a container that was to be opened again.
+pub(super) enum Reopened {
+    /// It is open.
+    Open(Arc<Console>),
+    /// Its guest does not have the container.
+    Gone,
+    /// Another try may help.
+    Failed,
+}
+
 /// Opens the stdio of a running container again.
 pub(super) async fn reopen_stdio(
     vm: Arc<PodVm>,
     id: &ContainerId,
     log: Option<LogPlace>,
     tty: bool,
-) -> Option<Arc<Console>> {
+) -> Reopened {
     let reopen = async {
         let log = match log {
             Some(place) => Some(LogWriter::open(place).await?),
@@ -354,10 +371,13 @@ pub(super) async fn reopen_stdio(
         Ok::<_, Error>(Console::start(stream.take().await?, tty, log, receipts))
     };
     match reopen.await {
-        Ok(console) => Some(console),
+        Ok(console) => Reopened::Open(console),
         Err(error) => {
             tracing::warn!(container = %id, %error, "cannot open the output of a container again");
-            None
+            match error {
+                Error::Guest { kind: GuestErrorKind::NotFound, .. } => Reopened::Gone,
+                _ => Reopened::Failed,
+            }
         }
     }
 }

@@ -73,6 +73,7 @@ impl Owner {
             vm: None,
             watches: HashMap::new(),
             cancel: watch::Sender::new(false),
+            saved: false,
             unwinding: false,
             stop_waiters: Vec::new(),
             remove_waiters: Vec::new(),

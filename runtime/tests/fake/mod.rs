@@ -50,6 +50,12 @@ pub enum Fault {
     Start,
     /// It refuses to remove a container.
     Remove,
+    /// It does not say what it has.
+    List,
+    /// It does not open a container's stdio again.
+    Stdio,
+    /// It reads a file only after the next acknowledgement of events, or half a second.
+    File,
 }
 
 #[derive(Clone)]
@@ -59,6 +65,11 @@ pub struct FakeVmm {
     pub containers: Arc<std::sync::atomic::AtomicUsize>,
     /// Bytes of output that the runtime has acknowledged last.
     pub acknowledged: Arc<std::sync::atomic::AtomicU64>,
+    /// How often it opened a container's stdio again.
+    pub reopened: Arc<std::sync::atomic::AtomicUsize>,
+    /// The sandbox's record as it was on disk at each acknowledgement of events.
+    pub records: Arc<watch::Sender<Vec<String>>>,
+    directory: PathBuf,
     /// What the guest does wrong, once each.
     faults: Arc<Mutex<BTreeSet<Fault>>>,
     exit: Arc<watch::Sender<Option<i32>>>,
@@ -81,6 +92,12 @@ impl FakeVmm {
 
     fn happens(&self, fault: Fault) -> bool {
         self.faults.lock().unwrap().remove(&fault)
+    }
+
+    /// The runtime has acknowledged events.
+    fn acknowledged_events(&self) {
+        let record = std::fs::read_to_string(self.directory.join("state.json")).unwrap();
+        self.records.send_modify(|records| records.push(record));
     }
 
     pub async fn ended(&self) {
@@ -187,6 +204,9 @@ impl Host for FakeHost {
             cid: order.cid,
             containers: Arc::default(),
             acknowledged: Arc::default(),
+            reopened: Arc::default(),
+            records: Arc::new(watch::Sender::new(Vec::new())),
+            directory: order.directory.clone(),
             faults: Arc::default(),
             exit: Arc::new(watch::Sender::new(None)),
         };
