@@ -516,6 +516,44 @@ async fn many_pods_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn of_two_pod_networks_at_once_the_last_one_stays_with_every_pod_in_its_filter() {
+    let fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let runtime = client.runtime.clone();
+    let set = |cidr: &'static str| {
+        let network = NetworkConfig { pod_cidr: cidr.into() };
+        let runtime_config = Some(RuntimeConfig { network_config: Some(network) });
+        let mut runtime = runtime.clone();
+        async move { runtime.update_runtime_config(UpdateRuntimeConfigRequest { runtime_config }).await }
+    };
+    let mut installing = fixture.host.installing.subscribe();
+    let begun = *installing.borrow();
+    fixture.host.held.send_replace(Some("10.10.0.0/24".into()));
+    let older = tokio::spawn(set("10.10.0.0/24"));
+    let deadline = Duration::from_secs(10);
+    let waited = installing.wait_for(|now| *now > begun);
+    drop(tokio::time::timeout(deadline, waited).await.expect("not installed").unwrap());
+    // While the older one is under way, another network is wanted, and a pod comes.
+    let newer = tokio::spawn(set("10.11.0.0/24"));
+    client.sandbox("meanwhile").await;
+    let taken = async {
+        while !fixture.config.sandboxes().join("pod-cidr").exists()
+            || std::fs::read_to_string(fixture.config.sandboxes().join("pod-cidr")).unwrap() != "10.11.0.0/24"
+        {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(deadline, taken).await.expect("the newer one was not taken up");
+    fixture.host.held.send_replace(None);
+    for call in [older, newer] {
+        tokio::time::timeout(deadline, call).await.expect("no answer").unwrap().unwrap();
+    }
+    let (cidr, taps) = fixture.host.filter.lock().unwrap().clone();
+    assert_eq!(cidr, "10.11.0.0/24");
+    assert_eq!(taps.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn lists_statistics_images_and_what_is_not_there() {
     let fixture = Fixture::new().await;
     let mut client = fixture.client().await;

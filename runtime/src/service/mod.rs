@@ -14,6 +14,7 @@ pub mod container;
 mod containers;
 mod guests;
 mod jobs;
+mod network;
 mod owner;
 pub mod process;
 mod recover;

@@ -10,6 +10,7 @@ use crate::notify;
 use crate::service::container::{ContainerEvent, ContainerPhase, Ended};
 use crate::service::guests::Attention;
 use crate::service::jobs;
+use crate::service::network::{Installation, Installed};
 use crate::service::recover;
 use crate::service::sandbox::{SandboxEvent, SandboxPhase};
 use crate::service::{Command, ContainerView, EventKind, Reply, SandboxView, ServiceEvent, Shared};
@@ -110,7 +111,7 @@ pub(super) enum Done {
     CompareAgain(SandboxId),
     ConsoleBack(ContainerId, jobs::Reopened),
     ReopenAgain(ContainerId),
-    NetworkInstalled(Result<()>, Option<Reply<()>>),
+    NetworkInstalled(Installed),
     Nothing,
 }
 
@@ -121,6 +122,7 @@ pub struct Owner {
     pub(super) containers: BTreeMap<ContainerId, Container>,
     pub(super) pool: Pool,
     pub(super) network: std::result::Result<(), String>,
+    pub(super) installation: Installation,
     pub(super) next_cid: u32,
     pub(super) jobs: JoinSet<Done>,
     /// One task per VM that waits for its end, and what is to be tried again. Not waited for at shutdown: VMs outlive us.
@@ -138,6 +140,7 @@ impl Owner {
             network: Err(
                 "no pod CIDR yet: it comes with UpdateRuntimeConfig once the node has one".to_owned()
             ),
+            installation: Installation::default(),
             next_cid: GuestCid::FIRST.get(),
             jobs: JoinSet::new(),
             watchers: JoinSet::new(),
@@ -207,7 +210,7 @@ impl Owner {
             }
             Command::UseContainer(id, reply) => answer(reply, self.use_container(&id)),
             Command::UseSandbox(id, reply) => answer(reply, self.use_sandbox(&id)),
-            Command::SetPodCidr(cidr, reply) => self.set_pod_cidr(cidr, Some(reply)),
+            Command::SetPodCidr(cidr, reply) => self.set_pod_cidr(cidr, reply),
             Command::NetworkReady(reply) => answer(reply, Ok(self.network.clone())),
         }
     }
@@ -233,7 +236,7 @@ impl Owner {
             Done::CompareAgain(id) => self.compare_with_guest(&id),
             Done::ConsoleBack(id, reopened) => self.console_back(&id, reopened),
             Done::ReopenAgain(id) => self.reopen_again(&id),
-            Done::NetworkInstalled(result, reply) => self.network_installed(result, reply),
+            Done::NetworkInstalled(installed) => self.network_installed(installed),
             Done::Nothing => {}
         }
     }

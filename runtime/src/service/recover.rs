@@ -232,12 +232,7 @@ impl Owner {
         }
         let given = self.shared.config.pod_cidr.as_deref().and_then(|c| PodCidr::parse(c).ok());
         if let Some(cidr) = load_cidr(&root).or(given) {
-            self.pool.set_cidr(cidr);
-            let ports: Vec<Port> =
-                self.sandboxes.values().filter(|s| s.phase.has_vm()).map(|s| s.port.clone()).collect();
-            // Waited for: the first pod may come as soon as the socket is open.
-            let result = self.shared.launcher.host.install_network(cidr, &ports).await;
-            self.network_installed(result, None);
+            self.recover_network(cidr).await;
         }
         Ok(())
     }

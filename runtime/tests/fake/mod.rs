@@ -134,6 +134,12 @@ impl Exchange {
 pub struct FakeHost {
     pub taken: Arc<Mutex<Taken>>,
     pub exchange: Exchange,
+    /// The packet filter: pod CIDR and taps.
+    pub filter: Arc<Mutex<(String, BTreeSet<String>)>>,
+    /// Installing the filter of this CIDR takes until it is another one.
+    pub held: Arc<watch::Sender<Option<String>>>,
+    /// How many installations have begun.
+    pub installing: Arc<watch::Sender<usize>>,
     /// The next launches fail at this step.
     pub broken: Arc<Mutex<Option<&'static str>>>,
 }
@@ -169,8 +175,15 @@ impl Host for FakeHost {
         }
     }
 
-    fn install_network<'a>(&'a self, _: PodCidr, _: &'a [Port]) -> BoxFuture<'a, Result<()>> {
-        Box::pin(async { Ok(()) })
+    fn install_network<'a>(&'a self, cidr: PodCidr, ports: &'a [Port]) -> BoxFuture<'a, Result<()>> {
+        Box::pin(async move {
+            self.installing.send_modify(|installing| *installing += 1);
+            // An error would say that the test is over.
+            let _ = self.held.subscribe().wait_for(|held| *held != Some(cidr.to_string())).await;
+            let taps = ports.iter().map(|port| port.tap.clone()).collect();
+            *self.filter.lock().unwrap() = (cidr.to_string(), taps);
+            Ok(())
+        })
     }
 
     fn open_network<'a>(&'a self, port: &'a Port) -> BoxFuture<'a, Result<OwnedFd>> {
