@@ -5,6 +5,7 @@
 
 use atoll_cri::v1;
 use atoll_cri::{ImageServiceClient, RuntimeServiceClient};
+use atoll_spec::images::{ACCESS, Access, PULL_SECRET, PullSecret};
 use hyper_util::rt::TokioIo;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -331,18 +332,34 @@ impl Cri {
         Ok(within("ImageStatus", image, LOOK, self.images.clone().image_status(request)).await?.image)
     }
 
-    /// Pulls an image; answers the reference to create containers with.
+    /// The same, with who may use it: `None` where the runtime does not say, as of an image that nobody pulled.
+    ///
+    /// # Errors
+    /// When the runtime does not answer.
+    pub async fn image_and_access(&self, image: &str) -> Result<Option<(v1::Image, Option<Access>)>> {
+        let request = v1::ImageStatusRequest { image: Some(image_spec(image)), verbose: true };
+        let answer = within("ImageStatus", image, LOOK, self.images.clone().image_status(request)).await?;
+        // What cannot be read admits nobody, so that the registry is asked.
+        let access = answer.info.get(ACCESS).map(|text| serde_json::from_str(text).unwrap_or_default());
+        Ok(answer.image.map(|image| (image, access)))
+    }
+
+    /// Pulls an image; answers the reference to create containers with. `auth` is told with the secret that it is from.
     ///
     /// # Errors
     /// When the runtime cannot.
     pub async fn pull(
         &self,
         image: &str,
-        auth: Option<v1::AuthConfig>,
+        auth: Option<(PullSecret, v1::AuthConfig)>,
         sandbox: v1::PodSandboxConfig,
     ) -> Result<String> {
-        let request =
-            v1::PullImageRequest { image: Some(image_spec(image)), auth, sandbox_config: Some(sandbox) };
+        let mut spec = image_spec(image);
+        let (secret, auth) = auth.unzip();
+        if let Some(secret) = secret.and_then(|secret| serde_json::to_string(&secret).ok()) {
+            spec.annotations.insert(PULL_SECRET.to_owned(), secret);
+        }
+        let request = v1::PullImageRequest { image: Some(spec), auth, sandbox_config: Some(sandbox) };
         Ok(within("PullImage", image, PULL, self.images.clone().pull_image(request)).await?.image_ref)
     }
 }

@@ -7,6 +7,7 @@ use crate::config::Config;
 use crate::cri::Cri;
 use crate::error::{Error, Result};
 use crate::images::{ImageStore, StoreOptions};
+use crate::roots::Roots;
 use crate::server;
 use crate::service::{Owner, Service, Shared};
 use crate::streaming::{self, Streaming};
@@ -68,7 +69,13 @@ impl App {
         });
         let (stop, stopped) = watch::channel(false);
         let (events, _) = broadcast::channel(EVENTS);
-        let shared = Arc::new(Shared { config: config.clone(), images, launcher: launcher.clone(), events });
+        let shared = Arc::new(Shared {
+            roots: Arc::new(Roots::new(&config)),
+            config: config.clone(),
+            images,
+            launcher: launcher.clone(),
+            events,
+        });
         let (service, commands) = Service::new(shared.clone());
         let (streaming, streaming_listener) = Streaming::bind(config.streaming).await?;
         let mut owner = Owner::new(shared);

@@ -22,6 +22,12 @@ pub struct Config {
     /// Where sockets and other files that do not outlive a boot are kept.
     #[arg(long, default_value = "/run/atoll/runtime")]
     pub run: PathBuf,
+    /// Where mounts of containers may lie on the host; whoever owns it owns all that is in it.
+    #[arg(long = "volume-root", default_value = "/data/pods")]
+    pub volume_roots: Vec<PathBuf>,
+    /// Where logs of containers may be written.
+    #[arg(long = "log-root", default_value = "/data/log")]
+    pub log_roots: Vec<PathBuf>,
     /// The virtual machine monitor.
     #[arg(long, default_value = "/usr/bin/atoll-vmm")]
     pub vmm: PathBuf,
@@ -109,6 +115,10 @@ impl Config {
         if let Some(Err(why)) = self.pod_cidr.as_deref().map(crate::vm::address::PodCidr::parse) {
             problems.push(format!("--pod-cidr: {why}"));
         }
+        for (flag, roots) in [("--volume-root", &self.volume_roots), ("--log-root", &self.log_roots)] {
+            let relative = roots.iter().filter(|root| !root.is_absolute());
+            problems.extend(relative.map(|root| format!("{flag} {}: give an absolute path", root.display())));
+        }
         if problems.is_empty() { Ok(()) } else { Err(problems) }
     }
 
@@ -142,8 +152,17 @@ mod tests {
     #[test]
     fn defaults_are_good_and_every_bad_value_is_named() {
         assert_eq!(Cli::parse_from(["x"]).config.check(), Ok(()));
-        let bad =
-            Cli::parse_from(["x", "--scratch-mib", "1", "--pod-cidr", "10.0.0.0", "--launch-seconds", "0"]);
-        assert_eq!(bad.config.check().unwrap_err().len(), 3);
+        let bad = Cli::parse_from([
+            "x",
+            "--scratch-mib",
+            "1",
+            "--pod-cidr",
+            "10.0.0.0",
+            "--launch-seconds",
+            "0",
+            "--log-root",
+            "x",
+        ]);
+        assert_eq!(bad.config.check().unwrap_err().len(), 4);
     }
 }

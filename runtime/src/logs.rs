@@ -1,14 +1,15 @@
 //! Container logs in the CRI format: `<RFC3339Nano> stdout|stderr P|F message`.
 //!
 //! One writer task per running container, fed by `console`. [`Lines`] is pure and turns bytes into log lines; [`LogWriter`]
-//! owns the file and reopens it after a rotation. Invariants: a log line holds at most [`LINE_BYTES`] of the message;
+//! owns the file (`log_file`) and reopens it after a rotation. Invariants: a log line holds at most [`LINE_BYTES`] of the message;
 //! bytes come out in the order they came in, none missing; only the last piece of a line is marked `F`.
 
 use crate::error::{Error, Result};
+use crate::log_file::{LogFile, Unended};
+use crate::roots::Roots;
 use bytes::Bytes;
-use std::os::unix::fs::{MetadataExt, fchown, lchown};
-use std::path::{Path, PathBuf};
-use tokio::io::AsyncWriteExt;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// Longest message in one log line.
@@ -24,7 +25,8 @@ pub enum Source {
 }
 
 impl Source {
-    fn name(self) -> &'static str {
+    /// As log lines have it.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Stdout => "stdout",
             Self::Stderr => "stderr",
@@ -37,6 +39,7 @@ impl Source {
 pub struct Lines {
     stdout: Vec<u8>,
     stderr: Vec<u8>,
+    unended: Unended,
 }
 
 impl Lines {
@@ -51,11 +54,13 @@ impl Lines {
             let end = data.iter().take(room + 1).position(|b| *b == b'\n');
             match end {
                 Some(end) => {
+                    *self.unended.of(source) = false;
                     held.extend_from_slice(&data[..end]);
                     emit(source, 'F', held, time, out);
                     data = &data[end + 1..];
                 }
                 None if data.len() > room => {
+                    *self.unended.of(source) = true;
                     held.extend_from_slice(&data[..room]);
                     emit(source, 'P', held, time, out);
                     data = &data[room..];
@@ -83,6 +88,7 @@ impl Lines {
             Source::Stderr => &mut self.stderr,
         };
         if !held.is_empty() {
+            *self.unended.of(source) = false;
             emit(source, 'F', held, time, out);
         }
     }
@@ -95,7 +101,7 @@ fn emit(source: Source, tag: char, held: &mut Vec<u8>, time: &str, out: &mut Vec
 }
 
 /// The time as log lines have it.
-fn now() -> String {
+pub fn now() -> String {
     format!("{:.9}", jiff::Timestamp::now())
 }
 
@@ -129,6 +135,15 @@ impl Written {
     }
 }
 
+/// Where a container's log is to be.
+#[derive(Debug, Clone)]
+pub struct LogPlace {
+    /// How far the path may lead.
+    pub roots: Arc<Roots>,
+    /// Its path.
+    pub path: PathBuf,
+}
+
 /// Handle of a writer task; the task ends when all handles are gone, and has then written everything.
 #[derive(Clone)]
 pub struct LogWriter {
@@ -141,11 +156,12 @@ pub type Finished = tokio::task::JoinHandle<()>;
 
 impl LogWriter {
     /// Opens the log, and its directory where it is missing, and starts the writer.
-    pub async fn open(path: &Path) -> Result<(Self, Finished)> {
-        let file = open(path).await?;
+    pub async fn open(place: LogPlace) -> Result<(Self, Finished)> {
+        let opened = tokio::task::spawn_blocking(move || LogFile::open(place)).await;
+        let file = opened.map_err(|error| Error::Invalid(error.to_string()))??;
         let (sender, receiver) = mpsc::channel(64);
         let (progress, written) = watch::channel(Written::default());
-        let task = tokio::spawn(write_all(path.to_owned(), file, receiver, progress));
+        let task = tokio::spawn(write_all(Shared(Arc::new(Mutex::new(file))), receiver, progress));
         Ok((Self { sender, written }, task))
     }
 
@@ -173,44 +189,33 @@ impl LogWriter {
     }
 }
 
-/// Opens a log. Logs can hold anything, so they are for root and for whoever owns the directory (the agent, which
-/// serves them) alone.
-async fn open(path: &Path) -> Result<tokio::fs::File> {
-    let existing = path.ancestors().skip(1).find_map(|p| Some((p, std::fs::metadata(p).ok()?)));
-    let (existing, owner) =
-        existing.ok_or_else(|| Error::Invalid(format!("log path {} is not usable", path.display())))?;
-    let is_root = rustix::process::geteuid().is_root();
-    let mut missing: Vec<&Path> = path.ancestors().skip(1).take_while(|p| *p != existing).collect();
-    while let Some(directory) = missing.pop() {
-        match std::fs::create_dir(directory) {
-            Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
-                return Err(Error::io("make", directory)(e));
-            }
-            _ if is_root => lchown(directory, Some(owner.uid()), Some(owner.gid()))
-                .map_err(Error::io("give to its owner", directory))?,
-            _ => {}
+/// The file, for the threads that may wait for the disk; one at a time.
+struct Shared(Arc<Mutex<LogFile>>);
+
+impl Shared {
+    async fn with<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut LogFile) -> T + Send + 'static,
+    ) -> Result<T> {
+        let file = self.0.clone();
+        let work = move || work(&mut file.lock().unwrap_or_else(PoisonError::into_inner));
+        tokio::task::spawn_blocking(work).await.map_err(|_| Error::Stopping)
+    }
+
+    /// Writes what is waiting.
+    async fn append(&self, out: &mut Vec<u8>, unended: Unended) {
+        let records = std::mem::take(out);
+        if !records.is_empty() {
+            // It only fails at shutdown.
+            let _ = self.with(move |file| file.append(&records, unended)).await;
         }
     }
-    let mut options = tokio::fs::OpenOptions::new();
-    // Not through a link that the directory's owner could have put there.
-    let options = options.create(true).append(true).mode(0o640).custom_flags(libc::O_NOFOLLOW);
-    let file = options.open(path).await.map_err(Error::io("open log", path))?;
-    if is_root {
-        fchown(&file, Some(owner.uid()), Some(owner.gid())).map_err(Error::io("give to its owner", path))?;
-    }
-    Ok(file)
 }
 
-async fn write_all(
-    path: PathBuf,
-    mut file: tokio::fs::File,
-    mut messages: mpsc::Receiver<Message>,
-    progress: watch::Sender<Written>,
-) {
+async fn write_all(file: Shared, mut messages: mpsc::Receiver<Message>, progress: watch::Sender<Written>) {
     let mut lines = Lines::default();
     let mut taken = Written::default();
     let mut out = Vec::new();
-    let mut failed = false;
     let mut batch = Vec::new();
     while messages.recv_many(&mut batch, 32).await > 0 {
         let mut reopened = Vec::new();
@@ -223,46 +228,27 @@ async fn write_all(
                 }
                 Message::End(source) => lines.end(source, &time, &mut out),
                 Message::Reopen(reply) => {
-                    failed = !flush(&path, &mut file, &mut out, failed).await;
+                    file.append(&mut out, lines.unended).await;
                     reopened.push(reply);
                 }
             }
         }
-        failed = !flush(&path, &mut file, &mut out, failed).await;
+        file.append(&mut out, lines.unended).await;
         // What was lost to a full disk counts too: it will not fit later either.
         progress.send_replace(Written {
             stdout: taken.stdout - lines.held(Source::Stdout),
             stderr: taken.stderr - lines.held(Source::Stderr),
         });
         for reply in reopened {
-            let result = open(&path).await.map(|new| file = new);
+            let result = file.with(LogFile::reopen).await.flatten();
             let _ = reply.send(result); // the caller may have given up
         }
     }
     for source in [Source::Stdout, Source::Stderr] {
         lines.end(source, &now(), &mut out);
     }
-    flush(&path, &mut file, &mut out, failed).await;
+    file.append(&mut out, lines.unended).await;
     progress.send_replace(taken);
-}
-
-/// Writes what is waiting; a full disk loses output rather than blocking the container for ever, and is told once.
-async fn flush(path: &Path, file: &mut tokio::fs::File, out: &mut Vec<u8>, told: bool) -> bool {
-    if out.is_empty() {
-        return !told;
-    }
-    let result = async {
-        file.write_all(out).await?;
-        file.flush().await
-    };
-    let result = result.await;
-    out.clear();
-    if let Err(error) = &result
-        && !told
-    {
-        tracing::error!(path = %path.display(), %error, "cannot write a container's log: output is lost");
-    }
-    result.is_ok()
 }
 
 #[cfg(test)]
@@ -339,23 +325,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_log_belongs_to_the_owner_of_its_directory() {
-        let dir = tempfile::tempdir().unwrap();
-        let owner =
-            if rustix::process::geteuid().is_root() { 800 } else { rustix::process::geteuid().as_raw() };
-        lchown(dir.path(), Some(owner), None).unwrap();
-        let path = dir.path().join("pod/container/0.log");
-        drop(LogWriter::open(&path).await.unwrap());
-        for path in [path.as_path(), path.parent().unwrap()] {
-            assert_eq!(std::fs::metadata(path).unwrap().uid(), owner);
-        }
-    }
-
-    #[tokio::test]
     async fn a_rotated_log_goes_on_in_a_new_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("c/0.log");
-        let (writer, finished) = LogWriter::open(&path).await.unwrap();
+        let roots = Arc::new(Roots::below(dir.path(), dir.path()));
+        let place = LogPlace { roots, path: path.clone() };
+        let (writer, finished) = LogWriter::open(place).await.unwrap();
         writer.data(Source::Stdout, Bytes::from_static(b"one\n")).await;
         writer.reopen().await.unwrap();
         std::fs::rename(&path, path.with_extension("1")).unwrap();

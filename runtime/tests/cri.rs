@@ -292,14 +292,106 @@ async fn pods_survive_a_restart_of_the_runtime() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_fails_once_after_a_restart_of_the_runtime_is_asked_again() {
+    let mut fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let sandbox = client.sandbox("patience").await;
+    client.run(&sandbox, "running", &["cat"]).await;
+    let ended = client.run(&sandbox, "ended", &["echo", "last words"]).await;
+    let before = client.ended(&ended).await;
+
+    fixture.app.take().unwrap().stop().await;
+    // As if this one had ended, and had said all that it said, while the runtime was away.
+    let state = fixture.config.sandboxes().join(&sandbox).join("state.json");
+    let mut record: serde_json::Value = serde_json::from_slice(&std::fs::read(&state).unwrap()).unwrap();
+    for container in record["containers"].as_array_mut().unwrap().iter_mut().filter(|c| c["id"] == ended) {
+        container["phase"] = serde_json::json!({ "running": { "started_ns": 1 } });
+    }
+    std::fs::write(&state, record.to_string()).unwrap();
+    std::fs::remove_file(&before.log_path).unwrap();
+    fixture.host.vmm(&sandbox).inject(Fault::List);
+    fixture.host.vmm(&sandbox).inject(Fault::Stdio);
+    fixture.start().await;
+
+    let mut client = fixture.client().await;
+    let after = client.ended(&ended).await;
+    assert_eq!((after.exit_code, after.reason.as_str()), (0, "Completed"));
+    let log = std::fs::read_to_string(&after.log_path).unwrap();
+    assert!(log.contains("stdout F last words"), "{log}");
+    for fault in [Fault::List, Fault::Stdio] {
+        assert!(!fixture.host.vmm(&sandbox).is_waiting(fault));
+    }
+    // And again for one that runs on.
+    fixture.app.take().unwrap().stop().await;
+    let vmm = fixture.host.vmm(&sandbox);
+    let before = vmm.reopened.load(std::sync::atomic::Ordering::SeqCst);
+    vmm.inject(Fault::Stdio);
+    fixture.start().await;
+    let open = async {
+        while vmm.reopened.load(std::sync::atomic::Ordering::SeqCst) == before {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), open).await.expect("the output was never opened again");
+    assert!(!vmm.is_waiting(Fault::Stdio));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_end_of_a_container_is_on_disk_before_its_guest_may_forget_it() {
+    let fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let sandbox = client.sandbox("end").await;
+    let file = fixture.pods().join("message");
+    std::fs::write(&file, "").unwrap();
+    let mut config = client.container_config("main", &["exit", "4"]);
+    config.mounts = vec![Mount {
+        host_path: file.display().to_string(),
+        container_path: "/dev/termination-log".into(),
+        ..Default::default()
+    }];
+    let main = client.create_with(&sandbox, config).await.unwrap();
+    // Between the end and its record there is work to do, which takes a while.
+    fixture.host.vmm(&sandbox).inject(Fault::File);
+    client.start(&main).await;
+    let mut records = fixture.host.vmm(&sandbox).records.subscribe();
+    let acknowledged = records.wait_for(|records| !records.is_empty());
+    let records = tokio::time::timeout(Duration::from_secs(10), acknowledged).await;
+    let records = records.expect("the end was never acknowledged").unwrap().clone();
+    let record: serde_json::Value = serde_json::from_str(&records[0]).unwrap();
+    assert_eq!(record["containers"][0]["phase"]["exited"]["code"], 4, "{record}");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "late");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_end_that_cannot_be_written_stays_with_the_guest_until_it_can() {
+    let fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let sandbox = client.sandbox("stuck").await;
+    let main = client.run(&sandbox, "main", &["sleep"]).await;
+    // In the place of the new record is a directory: writing it fails.
+    let obstacle = fixture.config.sandboxes().join(&sandbox).join("state.new");
+    std::fs::create_dir(&obstacle).unwrap();
+    client.stop_container(&main, 5).await;
+    assert_eq!(client.ended(&main).await.exit_code, 143);
+    assert!(fixture.host.vmm(&sandbox).records.borrow().is_empty());
+    std::fs::remove_dir(&obstacle).unwrap();
+    let mut records = fixture.host.vmm(&sandbox).records.subscribe();
+    let acknowledged = records.wait_for(|records| !records.is_empty());
+    let records = tokio::time::timeout(Duration::from_secs(10), acknowledged).await;
+    let records = records.expect("the end was never acknowledged").unwrap().clone();
+    let record: serde_json::Value = serde_json::from_str(&records[0]).unwrap();
+    assert_eq!(record["containers"][0]["phase"]["exited"]["code"], 143, "{record}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn volumes_are_sent_and_sent_again_and_copied_back() {
     let fixture = Fixture::new().await;
     let mut client = fixture.client().await;
     let sandbox = client.sandbox("volumes").await;
-    let tree = fixture.directory.path().join("tree");
+    let tree = fixture.pods().join("tree");
     std::fs::create_dir_all(tree.join("..1")).unwrap();
     std::os::unix::fs::symlink("..1", tree.join("..data")).unwrap();
-    let file = fixture.directory.path().join("termination");
+    let file = fixture.pods().join("termination");
     std::fs::write(&file, "").unwrap();
     let mount = |host: &std::path::Path, to: &str, readonly| Mount {
         host_path: host.display().to_string(),
@@ -345,6 +437,67 @@ async fn volumes_are_sent_and_sent_again_and_copied_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn nothing_of_the_host_beyond_the_roots_reaches_a_pod_or_is_written_for_one() {
+    let fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let outside = fixture.directory.path().join("outside");
+    std::fs::create_dir(&outside).unwrap();
+    std::fs::write(outside.join("secret"), "of root").unwrap();
+    std::os::unix::fs::symlink(&outside, fixture.pods().join("link")).unwrap();
+    let sandbox = client.sandbox("curious").await;
+    for path in [outside.clone(), outside.join("secret"), fixture.pods().join("link/secret")] {
+        for readonly in [true, false] {
+            let mut config = client.container_config("curious", &["sleep"]);
+            config.mounts = vec![Mount {
+                host_path: path.display().to_string(),
+                container_path: "/x".into(),
+                readonly,
+                ..Default::default()
+            }];
+            let error = client.create_with(&sandbox, config).await.unwrap_err();
+            assert_eq!(error.code(), Code::InvalidArgument);
+            assert!(error.message().contains(&fixture.pods().display().to_string()), "{}", error.message());
+        }
+    }
+    for log in ["/secret", "../../outside/secret"] {
+        let mut config = client.container_config("writer", &["echo", "x"]);
+        config.log_path =
+            format!("{}{log}", if log.starts_with('/') { outside.to_str().unwrap() } else { "" });
+        assert_eq!(client.create_with(&sandbox, config).await.unwrap_err().code(), Code::InvalidArgument);
+    }
+    let mut config = client.sandbox_config("elsewhere");
+    config.log_directory = outside.display().to_string();
+    let error = client.sandbox_with(config).await.unwrap_err();
+    assert!(error.message().contains("--log-root"), "{}", error.message());
+    assert_eq!(fixture.host.containers_of(&sandbox), 0);
+    assert_eq!(std::fs::read_to_string(outside.join("secret")).unwrap(), "of root");
+    assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_exchanged_for_a_link_while_its_container_runs_is_not_written_through() {
+    let fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let sandbox = client.sandbox("exchange").await;
+    let outside = fixture.directory.path().join("secret");
+    std::fs::write(&outside, "of root").unwrap();
+    let message = fixture.pods().join("message");
+    std::fs::write(&message, "").unwrap();
+    let mut config = client.container_config("main", &["sleep"]);
+    config.mounts = vec![Mount {
+        host_path: message.display().to_string(),
+        container_path: "/dev/termination-log".into(),
+        ..Default::default()
+    }];
+    let main = client.create_with(&sandbox, config).await.unwrap();
+    client.start(&main).await;
+    std::fs::remove_file(&message).unwrap();
+    std::os::unix::fs::symlink(&outside, &message).unwrap();
+    client.stop_container(&main, 5).await;
+    assert_eq!(std::fs::read_to_string(&outside).unwrap(), "of root");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn many_pods_at_once() {
     let fixture = Fixture::new().await;
     let client = fixture.client().await;
@@ -360,6 +513,44 @@ async fn many_pods_at_once() {
     });
     futures_util::future::join_all(pods).await;
     assert!(fixture.host.is_clean());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_pod_networks_at_once_the_last_one_stays_with_every_pod_in_its_filter() {
+    let fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let runtime = client.runtime.clone();
+    let set = |cidr: &'static str| {
+        let network = NetworkConfig { pod_cidr: cidr.into() };
+        let runtime_config = Some(RuntimeConfig { network_config: Some(network) });
+        let mut runtime = runtime.clone();
+        async move { runtime.update_runtime_config(UpdateRuntimeConfigRequest { runtime_config }).await }
+    };
+    let mut installing = fixture.host.installing.subscribe();
+    let begun = *installing.borrow();
+    fixture.host.held.send_replace(Some("10.10.0.0/24".into()));
+    let older = tokio::spawn(set("10.10.0.0/24"));
+    let deadline = Duration::from_secs(10);
+    let waited = installing.wait_for(|now| *now > begun);
+    drop(tokio::time::timeout(deadline, waited).await.expect("not installed").unwrap());
+    // While the older one is under way, another network is wanted, and a pod comes.
+    let newer = tokio::spawn(set("10.11.0.0/24"));
+    client.sandbox("meanwhile").await;
+    let taken = async {
+        while !fixture.config.sandboxes().join("pod-cidr").exists()
+            || std::fs::read_to_string(fixture.config.sandboxes().join("pod-cidr")).unwrap() != "10.11.0.0/24"
+        {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(deadline, taken).await.expect("the newer one was not taken up");
+    fixture.host.held.send_replace(None);
+    for call in [older, newer] {
+        tokio::time::timeout(deadline, call).await.expect("no answer").unwrap().unwrap();
+    }
+    let (cidr, taps) = fixture.host.filter.lock().unwrap().clone();
+    assert_eq!(cidr, "10.11.0.0/24");
+    assert_eq!(taps.len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,6 +7,7 @@
 pub mod control;
 pub mod guest;
 pub mod ids;
+pub mod images;
 pub mod machine;
 pub mod node;
 pub mod units;

@@ -1,7 +1,9 @@
 //! Brings a container's image to the node: pull policy, pull secrets, back-off.
 //!
-//! Called by `start`. Invariant: at most [`PARALLEL`] pulls at a time; one image of one pod is not asked for again
-//! before its back-off is over.
+//! Called by `start`. Invariants: at most [`PARALLEL`] pulls at a time; one image of one pod is not asked for again
+//! before its back-off is over; an image that was pulled with credentials is used by a pod that has them too, or after the
+//! registry has been asked with what the pod has. As the upstream kubelet does by default, images that were put on the
+//! node by hand are for everyone.
 
 use super::backoff::Backoff;
 use super::desired::{Container, Desired, Pull};
@@ -11,13 +13,19 @@ use crate::cri::Cri;
 use crate::events::{Recorder, Severity, pod_reference};
 use crate::volumes::objects;
 use atoll_cri::v1;
+use atoll_spec::images::{Access, PullSecret};
 use jiff::Timestamp;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::Semaphore;
 
 const PARALLEL: usize = 4;
+/// Most uses of images that are remembered; those that are forgotten are looked at again.
+const MOST_ADMITTED: usize = 4096;
+
+/// Credentials of a pod for one image, with the secret that each is from.
+type Keyring = Vec<(PullSecret, v1::AuthConfig)>;
 
 #[derive(Default)]
 struct Failures {
@@ -31,13 +39,23 @@ pub struct Images {
     client: kube::Client,
     events: Recorder,
     failures: Mutex<Failures>,
+    /// Uid of a pod, name and id of an image that it may use: a container is started again while its secrets cannot be
+    /// read, as when the Supervisor is away.
+    admitted: Mutex<HashSet<(String, String, String)>>,
     parallel: Semaphore,
 }
 
 impl Images {
     /// Pulls through `cri`; secrets come from `client`.
     pub fn new(cri: Cri, client: kube::Client, events: Recorder) -> Self {
-        Self { cri, client, events, failures: Mutex::default(), parallel: Semaphore::new(PARALLEL) }
+        Self {
+            cri,
+            client,
+            events,
+            failures: Mutex::default(),
+            admitted: Mutex::default(),
+            parallel: Semaphore::new(PARALLEL),
+        }
     }
 
     /// Makes sure the runtime has the image; answers it.
@@ -56,16 +74,28 @@ impl Images {
             event(Severity::Warning, "InspectFailed", message.clone());
             StartError::later("InvalidImageName", message)
         })?;
-        let present = self.cri.image(&name).await.map_err(|error| {
+        let present = self.cri.image_and_access(&name).await.map_err(|error| {
             let message = format!("Failed to inspect image {name:?}: {error}");
             event(Severity::Warning, "InspectFailed", message.clone());
             StartError::later("ImageInspectError", message)
         })?;
         match (present, container.pull) {
-            (Some(image), Pull::IfNotPresent | Pull::Never) => {
-                let message = format!("Container image {:?} already present on machine", container.image);
-                event(Severity::Normal, "Pulled", message);
-                Ok(image)
+            (Some((image, access)), Pull::IfNotPresent | Pull::Never) => {
+                if self.admits(desired, &name, &image, access).await {
+                    let message = format!("Container image {:?} already present on machine", container.image);
+                    event(Severity::Normal, "Pulled", message);
+                    return Ok(image);
+                }
+                if container.pull == Pull::IfNotPresent {
+                    return self.pull(desired, container, sandbox, &name).await;
+                }
+                let message = format!(
+                    "Container image {:?} is present with pull policy of Never but does not have the proper \
+                     credentials to access the image",
+                    container.image
+                );
+                event(Severity::Warning, "ErrImageNeverPull", message.clone());
+                Err(StartError::later("ErrImageNeverPull", message))
             }
             (None, Pull::Never) => {
                 let message =
@@ -75,6 +105,50 @@ impl Images {
             }
             (_, Pull::Always | Pull::IfNotPresent) => self.pull(desired, container, sandbox, &name).await,
         }
+    }
+
+    /// Whether a pod may use an image that is here without asking the registry.
+    async fn admits(&self, desired: &Desired, name: &str, image: &v1::Image, access: Option<Access>) -> bool {
+        let Some(access) = access.filter(|access| !access.everyone) else { return true };
+        if self.admitted().contains(&use_of(desired, name, image)) {
+            return true;
+        }
+        let (secrets, _): (Vec<_>, Vec<_>) = self.keyring(desired, name).await.into_iter().unzip();
+        let admitted = access.admits(&secrets);
+        if admitted {
+            self.admit(desired, name, image);
+        }
+        admitted
+    }
+
+    fn admit(&self, desired: &Desired, name: &str, image: &v1::Image) {
+        let mut admitted = self.admitted();
+        if admitted.len() >= MOST_ADMITTED {
+            admitted.clear();
+        }
+        admitted.insert(use_of(desired, name, image));
+    }
+
+    fn admitted(&self) -> MutexGuard<'_, HashSet<(String, String, String)>> {
+        self.admitted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn keyring(&self, desired: &Desired, name: &str) -> Keyring {
+        let mut keyring = Keyring::new();
+        for reference in desired.spec().image_pull_secrets.iter().flatten() {
+            // A pull secret that is missing is no error of its own: the image may be public.
+            match objects::secret(&self.client, &desired.key.namespace, &reference.name).await {
+                Ok(Some(secret)) => {
+                    let found = pull_secrets::credentials(&secret, name).into_iter();
+                    keyring.extend(found.map(|auth| (pull_secrets::trace(&secret, &auth), auth)));
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::warn!(pod = %desired.key, secret = reference.name, error, "pull secret")
+                }
+            }
+        }
+        keyring
     }
 
     async fn pull(
@@ -97,6 +171,7 @@ impl Images {
         let asked = Instant::now();
         match self.pull_now(desired, sandbox, name).await {
             Ok((image, pulling)) => {
+                self.admit(desired, name, &image);
                 let mut failures = self.failures();
                 failures.backoff.forget(&key);
                 failures.last.remove(&key);
@@ -139,17 +214,7 @@ impl Images {
         sandbox: &v1::PodSandboxConfig,
         name: &str,
     ) -> Result<(v1::Image, Duration), String> {
-        let mut keyring = Vec::new();
-        for reference in desired.spec().image_pull_secrets.iter().flatten() {
-            // A pull secret that is missing is no error of its own: the image may be public.
-            match objects::secret(&self.client, &desired.key.namespace, &reference.name).await {
-                Ok(Some(secret)) => keyring.extend(pull_secrets::credentials(&secret, name)),
-                Ok(None) => {}
-                Err(error) => {
-                    tracing::warn!(pod = %desired.key, secret = reference.name, error, "pull secret")
-                }
-            }
-        }
+        let keyring = self.keyring(desired, name).await;
         // A closed semaphore cannot be: nothing closes it.
         let _turn = self.parallel.acquire().await;
         let started = Instant::now();
@@ -197,6 +262,10 @@ impl Images {
     ) {
         self.events.record(pod_reference(&desired.pod, Some(container.field())), severity, reason, message);
     }
+}
+
+fn use_of(desired: &Desired, name: &str, image: &v1::Image) -> (String, String, String) {
+    (desired.key.uid.clone(), name.to_owned(), image.id.clone())
 }
 
 fn seconds(duration: Duration) -> String {

@@ -1,10 +1,12 @@
 //! Image names and the credentials of pull secrets ◇.
 
 use atoll_cri::v1::AuthConfig;
+use atoll_spec::images::PullSecret;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use k8s_openapi::api::core::v1::Secret;
 use serde::Deserialize;
+use sha2::{Digest as _, Sha256};
 use std::collections::BTreeMap;
 
 #[derive(Deserialize)]
@@ -79,6 +81,23 @@ pub fn credentials(secret: &Secret, image: &str) -> Vec<AuthConfig> {
         parsed.unwrap_or_default().into_iter().filter(|(at, _)| fits(at, image)).collect();
     fitting.sort_by_key(|(at, _)| std::cmp::Reverse(at.len()));
     fitting.into_iter().map(|(at, entry)| auth(at, entry)).collect()
+}
+
+/// What the record of a pull keeps of credentials: the secret's coordinates and a hash, the same for equal credentials.
+pub fn trace(secret: &Secret, auth: &AuthConfig) -> PullSecret {
+    let mut hasher = Sha256::new();
+    for part in [&auth.username, &auth.password, &auth.identity_token] {
+        // With its length, so that no two parts can be mistaken for others.
+        hasher.update((part.len() as u64).to_le_bytes());
+        hasher.update(part);
+    }
+    let meta = &secret.metadata;
+    PullSecret {
+        namespace: meta.namespace.clone().unwrap_or_default(),
+        name: meta.name.clone().unwrap_or_default(),
+        uid: meta.uid.clone().unwrap_or_default(),
+        hash: hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect(),
+    }
 }
 
 fn fits(at: &str, image: &str) -> bool {

@@ -10,6 +10,7 @@ mod crashing;
 mod host;
 mod idle;
 mod joining;
+mod private_images;
 mod probing;
 mod runtime;
 mod storage;

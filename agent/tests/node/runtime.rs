@@ -3,6 +3,7 @@
 
 use atoll_cri::v1::*;
 use atoll_cri::{ImageService, ImageServiceServer, RuntimeService, RuntimeServiceServer};
+use atoll_spec::images::{ACCESS, Access, PULL_SECRET};
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::pin::Pin;
@@ -27,6 +28,8 @@ struct Table {
     /// Bytes that each container, and each volume of a sandbox by its directory, holds.
     written: BTreeMap<String, u64>,
     stored: BTreeMap<String, BTreeMap<String, u64>>,
+    /// The registry wants this password, and who has shown it.
+    guarded: Option<(String, Access)>,
 }
 
 #[derive(Clone)]
@@ -177,6 +180,16 @@ impl Runtime {
         (made.state, made.exit_code, made.finished) = (ContainerState::ContainerExited, code, now());
         let sandbox = made.sandbox.clone();
         self.tell(&table, id, &sandbox, ContainerEventType::ContainerStoppedEvent);
+    }
+
+    /// From now on the image is one that was pulled, and the registry gives it for this password.
+    pub fn guard(&self, password: &str, access: Access) {
+        self.table().guarded = Some((password.to_owned(), access));
+    }
+
+    /// Who has shown the password.
+    pub fn access(&self) -> Access {
+        self.table().guarded.clone().expect("a guarded image").1
     }
 
     /// A container has this much in its writable layer.
@@ -596,13 +609,25 @@ impl ImageService for Runtime {
     }
 
     async fn image_status(&self, request: Request<ImageStatusRequest>) -> Answer<ImageStatusResponse> {
-        drop(self.called("ImageStatus"));
-        let name = request.into_inner().image.unwrap_or_default().image;
-        Ok(Response::new(ImageStatusResponse { image: Some(image(name)), ..Default::default() }))
+        let table = self.called("ImageStatus");
+        let request = request.into_inner();
+        let guarded = table.guarded.as_ref().filter(|_| request.verbose);
+        let access = |(_, access): &(String, Access)| serde_json::to_string(access).expect("JSON");
+        let info = guarded.map(|guarded| (ACCESS.to_owned(), access(guarded))).into_iter().collect();
+        let name = request.image.unwrap_or_default().image;
+        Ok(Response::new(ImageStatusResponse { image: Some(image(name)), info }))
     }
 
-    async fn pull_image(&self, _: Request<PullImageRequest>) -> Answer<PullImageResponse> {
-        drop(self.called("PullImage"));
+    async fn pull_image(&self, request: Request<PullImageRequest>) -> Answer<PullImageResponse> {
+        let mut table = self.called("PullImage");
+        if let Some((password, access)) = &mut table.guarded {
+            let request = request.into_inner();
+            if request.auth.unwrap_or_default().password != *password {
+                return Err(Status::unknown("r.example refused access"));
+            }
+            let annotations = request.image.unwrap_or_default().annotations;
+            access.secrets.push(serde_json::from_str(&annotations[PULL_SECRET]).expect("a secret"));
+        }
         Ok(Response::new(PullImageResponse { image_ref: "sha256:1".into() }))
     }
 

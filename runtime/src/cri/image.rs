@@ -9,10 +9,14 @@ use atoll_cri::v1::{
     ImageStatusRequest, ImageStatusResponse, Int64Value, PullImageRequest, PullImageResponse,
     RemoveImageRequest, RemoveImageResponse, UInt64Value,
 };
+use atoll_spec::images::{ACCESS, PULL_SECRET, PullSecret};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use std::collections::HashMap;
 use tonic::Status;
+
+/// Longest part of what a pull says of its secret: names of Kubernetes have 253 bytes at most.
+const MOST_OF_A_SECRET: usize = 253;
 
 impl Cri {
     pub(super) fn images(&self, filter: Option<ImageFilter>) -> Vec<Image> {
@@ -31,14 +35,19 @@ impl Cri {
             let config = serde_json::to_string(&image.config).unwrap_or_default();
             info.insert("config".to_owned(), config);
         }
+        if let Some(access) = self.service.images().access(&name).filter(|_| request.verbose) {
+            info.insert(ACCESS.to_owned(), serde_json::to_string(&access).unwrap_or_default());
+        }
         Ok(ImageStatusResponse { image: found.as_ref().map(wire_image), info })
     }
 
     pub(super) async fn pull(&self, request: PullImageRequest) -> Result<PullImageResponse, Status> {
-        let name = request.image.ok_or_else(|| missing("image"))?.image;
-        let reference: ImageRef = name.parse().map_err(|e| status(Error::Image(e)))?;
+        let image = request.image.ok_or_else(|| missing("image"))?;
+        let reference: ImageRef = image.image.parse().map_err(|e| status(Error::Image(e)))?;
         let auth = request.auth.map(auth).transpose()?.flatten();
-        let id = self.service.images().pull(&reference, auth).await.map_err(|e| status(Error::Image(e)))?;
+        let secret = image.annotations.get(PULL_SECRET).map(|text| secret(text)).transpose()?;
+        let pulled = self.service.images().pull_with(&reference, auth, secret).await;
+        let id = pulled.map_err(|e| status(Error::Image(e)))?;
         Ok(PullImageResponse { image_ref: id.to_string() })
     }
 
@@ -77,6 +86,16 @@ fn wire_image(image: &StoredImage) -> Image {
         spec: None,
         pinned: false,
     }
+}
+
+/// Where the credentials of a pull came from.
+fn secret(text: &str) -> Result<PullSecret, Status> {
+    let bad =
+        |why: &dyn std::fmt::Display| Status::invalid_argument(format!("annotation {PULL_SECRET}: {why}"));
+    let secret: PullSecret = serde_json::from_str(text).map_err(|error| bad(&error))?;
+    let longest =
+        [&secret.namespace, &secret.name, &secret.uid, &secret.hash].into_iter().map(String::len).max();
+    if longest > Some(MOST_OF_A_SECRET) { Err(bad(&"too long")) } else { Ok(secret) }
 }
 
 /// Credentials of a pull; an empty message means none.

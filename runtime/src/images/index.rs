@@ -6,6 +6,7 @@
 use super::digest::Digest;
 use super::error::ImageError;
 use super::{Image, ImageConfig, ImageId, LayerFile};
+use atoll_spec::images::Access;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -39,6 +40,10 @@ pub struct Record {
     pub layers: Vec<Layer>,
     /// How to run it.
     pub config: ImageConfig,
+    /// Who has pulled it, by repository; with the rest of the record, so that neither is ever without the other. Empty for
+    /// an image that was put here by hand.
+    #[serde(default)]
+    pub access: BTreeMap<String, Access>,
 }
 
 impl Record {

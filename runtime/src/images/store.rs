@@ -12,6 +12,7 @@ use super::reference::ImageRef;
 use super::registry::{Registry, SharedRegistry};
 use super::unpack::unpack;
 use super::{Auth, FsUsage, Image, ImageConfig, ImageId, LayerFile, StoreOptions, room, scratch};
+use atoll_spec::images::{Access, PullSecret};
 use atoll_spec::node::RegistriesConfig;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -27,6 +28,8 @@ const UNPACKS: usize = 2;
 const REPORT: Duration = Duration::from_secs(5);
 /// Shortest beginning of an id that names an image.
 const MIN_PREFIX: usize = 8;
+/// Most secrets that are kept of one image and repository.
+const MOST_SECRETS: usize = 256;
 /// How long the finished layers of a broken pull wait for the next try.
 const KEEP_INTERRUPTED: Duration = Duration::from_secs(3600);
 
@@ -168,10 +171,21 @@ impl ImageStore {
     /// Pulls an image, or finds that it is here already in this very version. Safe to call many times at once; a dropped
     /// future leaves nothing behind.
     pub async fn pull(&self, reference: &ImageRef, auth: Option<Auth>) -> Result<ImageId, ImageError> {
+        self.pull_with(reference, auth, None).await
+    }
+
+    /// The same; `secret` is where the credentials came from, for [`ImageStore::access`]. The registry is asked what the
+    /// name means, with these credentials, also when the image is here; layers that are here are not asked for.
+    pub async fn pull_with(
+        &self,
+        reference: &ImageRef,
+        auth: Option<Auth>,
+        secret: Option<PullSecret>,
+    ) -> Result<ImageId, ImageError> {
         self.shared.forget_interrupted(|pull| pull.at.elapsed() > KEEP_INTERRUPTED);
         let options = &self.shared.options;
         let deadline = options.pull_deadline;
-        match tokio::time::timeout(deadline, self.pull_now(reference, auth)).await {
+        match tokio::time::timeout(deadline, self.pull_now(reference, auth, secret)).await {
             Ok(Err(error)) if is_full(&error) => {
                 // Layers that wait for another try go first.
                 self.shared.forget_interrupted(|_| true);
@@ -188,7 +202,12 @@ impl ImageStore {
         }
     }
 
-    async fn pull_now(&self, reference: &ImageRef, auth: Option<Auth>) -> Result<ImageId, ImageError> {
+    async fn pull_now(
+        &self,
+        reference: &ImageRef,
+        auth: Option<Auth>,
+        secret: Option<PullSecret>,
+    ) -> Result<ImageId, ImageError> {
         let started = Instant::now();
         let options = &self.shared.options;
         let registry =
@@ -201,7 +220,8 @@ impl ImageStore {
         hold.over = !fetched.as_ref().is_err_and(ImageError::is_transient);
         let layers = fetched?;
         let (id, count) = (resolved.config.id.clone(), layers.len());
-        self.record(reference, resolved, layers)?;
+        let shown = if registry.took_credentials() { Shown::Credentials(secret) } else { Shown::Nothing };
+        self.record(reference, resolved, layers, shown)?;
         drop(hold);
         self.shared.forget_interrupted(|pull| pull.name == name);
         tracing::info!("pulled {name}: {id}, {count} layers, {:.1} s", started.elapsed().as_secs_f32());
@@ -258,7 +278,13 @@ impl ImageStore {
     }
 
     /// Writes the image down, and takes its tag from the image that had it.
-    fn record(&self, reference: &ImageRef, resolved: Resolved, layers: Vec<Layer>) -> Result<(), ImageError> {
+    fn record(
+        &self,
+        reference: &ImageRef,
+        resolved: Resolved,
+        layers: Vec<Layer>,
+        shown: Shown,
+    ) -> Result<(), ImageError> {
         let mut state = self.shared.lock();
         state.sequence += 1;
         let sequence = state.sequence;
@@ -271,7 +297,9 @@ impl ImageStore {
             repo_digests: Vec::new(),
             layers,
             config: resolved.config.run,
+            access: BTreeMap::new(),
         });
+        shown.to(record.access.entry(reference.repository()).or_default());
         record.sequence = sequence;
         push_new(&mut record.repo_digests, Some(reference.repo_digest(&resolved.digest)));
         let tag = if reference.digest().is_none() { reference.repo_tag() } else { None };
@@ -287,6 +315,15 @@ impl ImageStore {
             state.records.insert(before.id.clone(), before);
         }
         Ok(())
+    }
+
+    /// Who has shown that they may have an image from the repository that `name` is of; `None` when nobody ever pulled
+    /// the image. By its id it is of no repository, so nobody has.
+    pub fn access(&self, name: &str) -> Option<Access> {
+        let state = self.shared.lock();
+        let access = state.find(name).map(|record| &record.access).filter(|access| !access.is_empty())?;
+        let repository = name.parse::<ImageRef>().ok().map(|reference| reference.repository());
+        Some(repository.and_then(|repository| access.get(&repository).cloned()).unwrap_or_default())
     }
 
     /// Every image.
@@ -358,6 +395,29 @@ impl ImageStore {
             capacity_bytes: file_system.f_blocks * file_system.f_frsize,
             available_bytes: file_system.f_bavail * file_system.f_frsize,
         })
+    }
+}
+
+/// What a pull had to show.
+enum Shown {
+    Nothing,
+    /// Credentials of this secret, or of somebody who did not say.
+    Credentials(Option<PullSecret>),
+}
+
+impl Shown {
+    fn to(self, access: &mut Access) {
+        match self {
+            Self::Nothing => access.everyone = true,
+            Self::Credentials(None) => {}
+            Self::Credentials(Some(secret)) => {
+                access.secrets.retain(|known| !known.is(&secret));
+                access.secrets.push(secret);
+                // Those that were shown first are shown again when they are needed.
+                let over = access.secrets.len().saturating_sub(MOST_SECRETS);
+                access.secrets.drain(..over);
+            }
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::console::Console;
 use crate::error::{Error, Result};
+use crate::logs::LogPlace;
 use crate::service::admission::{self, Admission};
 use crate::service::container::{
     CODE_START_FAILED, ContainerEvent, ContainerPhase, Ended, REASON_COMPLETED, REASON_ERROR, REASON_OOM,
@@ -9,10 +10,11 @@ use crate::service::container::{
 use crate::service::owner::{Container, Done, Owner, answer};
 use crate::service::process::SIGTERM;
 use crate::service::{EventKind, Reply, RunningContainer, jobs, random_hex};
-use crate::spec::{ContainerSpec, Resources};
+use crate::spec::{ContainerSpec, Resources, SandboxSpec};
 use crate::vm::launch::unix_ns;
 use atoll_spec::guest::{Exit, GuestErrorKind};
 use atoll_spec::ids::ContainerId;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -50,8 +52,10 @@ impl Owner {
         }
         let id: ContainerId = random_hex()?.parse().map_err(|e| Error::Invalid(format!("{e}")))?;
         let (stdio_stream, stdio) = vm.link.expect_stream();
-        let log_path = (!sandbox.spec.log_directory.is_empty() && !spec.log_path.is_empty())
-            .then(|| std::path::Path::new(&sandbox.spec.log_directory).join(&spec.log_path));
+        let log_path = log_path(&sandbox.spec, &spec);
+        if let Some(path) = &log_path {
+            self.shared.roots.check_log(path)?;
+        }
         let making = jobs::Making {
             shared: self.shared.clone(),
             vm,
@@ -77,6 +81,8 @@ impl Owner {
             console: None,
             in_start: false,
             reopening: false,
+            reopen_failures: 0,
+            kept: false,
             ending: None,
             exited: watch::Sender::new(false),
             remove_waiters: Vec::new(),
@@ -154,7 +160,7 @@ impl Owner {
             vm,
             id: key.clone(),
             stdio: container.stdio.take(),
-            log_path: container.log_path.clone(),
+            log: container.log_path.clone().map(|path| LogPlace { roots: self.shared.roots.clone(), path }),
             tty: container.spec.tty,
         };
         Ok((key, starting))
@@ -248,6 +254,7 @@ impl Owner {
             id: id.clone(),
             console: container.console.clone(),
             copy_back: container.copy_back.clone(),
+            roots: self.shared.roots.clone(),
         };
         let id = id.clone();
         self.jobs.spawn(async move {
@@ -264,6 +271,7 @@ impl Owner {
             if self.move_container(id, &ContainerEvent::Exited(ended)) {
                 self.emit(&sandbox, id.as_str(), EventKind::Stopped);
             }
+            self.keep_exits(&sandbox);
         }
     }
 
@@ -341,6 +349,7 @@ impl Owner {
             for waiter in container.remove_waiters {
                 answer(waiter, Ok(()));
             }
+            self.keep_exits(&container.sandbox);
         }
     }
 
@@ -391,6 +400,12 @@ impl Owner {
             console: container.console.clone(),
         })
     }
+}
+
+/// Where a container's log goes, when it is to have one.
+fn log_path(sandbox: &SandboxSpec, spec: &ContainerSpec) -> Option<PathBuf> {
+    let wanted = !sandbox.log_directory.is_empty() && !spec.log_path.is_empty();
+    wanted.then(|| Path::new(&sandbox.log_directory).join(&spec.log_path))
 }
 
 fn start_failed(code: i32, message: String) -> Ended {

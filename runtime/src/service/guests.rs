@@ -2,9 +2,11 @@
 //!
 //! Called by the owner's loop. Invariants: a guest speaks of its own containers only; whatever it says, and however
 //! often, at most one acknowledgement and one comparison of each guest are under way, so a guest that floods the runtime
-//! delays nobody but itself.
+//! delays nobody but itself. The end of a container is acknowledged once it is on disk for good, and not before: until then
+//! the guest keeps it for the next runtime.
 
-use crate::console::Console;
+use crate::error::{Error, Result};
+use crate::logs::LogPlace;
 use crate::service::container::{ContainerEvent, ContainerPhase};
 use crate::service::jobs;
 use crate::service::owner::{Container, Done, Owner};
@@ -12,10 +14,25 @@ use crate::service::sandbox::SandboxPhase;
 use crate::vm::launch::unix_ns;
 use atoll_spec::guest::{ContainerPhase as GuestPhase, ContainerState, Event};
 use atoll_spec::ids::{ContainerId, SandboxId};
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::time::Duration;
 
 /// Most containers that one comparison removes from a guest: more than a restart can leave there.
 const MOST_DISCARDED: usize = 64;
+
+/// How often a guest that is connected is asked again for its containers, or for the output of one: a minute and a half.
+const MOST_FAILURES: u32 = 10;
+/// The same for the output of a container that has ended, whose end waits for it: eight seconds.
+const MOST_FAILURES_AT_THE_END: u32 = 6;
+/// First pause before something is tried again; each is twice as long as the one before.
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+/// Longest pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// The pause after so many failures.
+fn pause(failures: u32) -> Duration {
+    FIRST_PAUSE.saturating_mul(1 << failures.saturating_sub(1).min(16)).min(LONGEST_PAUSE)
+}
 
 /// What is being asked of a guest, and what is to be asked next.
 #[derive(Debug, Default)]
@@ -23,21 +40,79 @@ pub(super) struct Attention {
     acknowledging: bool,
     /// The last event that has not been acknowledged yet.
     seen: Option<u64>,
+    /// Containers whose end the guest has told, and which is not on disk for good.
+    unkept: BTreeSet<ContainerId>,
+    keeping: bool,
+    keep_failures: u32,
     comparing: bool,
     compare_again: bool,
+    compare_failures: u32,
 }
 
 impl Owner {
     /// Something happened in a guest.
     pub(super) fn guest_event(&mut self, sandbox: &SandboxId, sequence: u64, event: Event) {
         let Event::Exited { container, exit } = event;
-        if self.is_in(&container, sandbox) {
+        let known = self.is_in(&container, sandbox);
+        if known {
             self.note_exit(&container, exit);
         }
         if let Some(sandbox) = self.sandboxes.get_mut(sandbox) {
             sandbox.attention.seen = Some(sequence);
+            if known {
+                sandbox.attention.unkept.insert(container);
+            }
         }
-        self.acknowledge(sandbox);
+        self.keep_exits(sandbox);
+    }
+
+    /// Brings ends that were told to disk, then acknowledges them.
+    pub(super) fn keep_exits(&mut self, id: &SandboxId) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        if sandbox.attention.keeping {
+            return; // `exits_kept` goes on
+        }
+        let containers = &self.containers;
+        let matters = |c: &Container| !c.kept && !matches!(c.phase, ContainerPhase::Removing { .. });
+        sandbox.attention.unkept.retain(|id| containers.get(id).is_some_and(matters));
+        let has_ended = |id: &&ContainerId| {
+            containers.get(*id).is_some_and(|c| matches!(c.phase, ContainerPhase::Exited { .. }))
+        };
+        let ended: Vec<ContainerId> = sandbox.attention.unkept.iter().filter(has_ended).cloned().collect();
+        if ended.is_empty() {
+            return self.acknowledge(id);
+        }
+        sandbox.attention.keeping = true;
+        if !sandbox.saved {
+            self.save(id);
+        }
+        if self.sandboxes.get(id).is_some_and(|sandbox| sandbox.saved) {
+            let (root, id) = (self.shared.config.sandboxes(), id.clone());
+            self.jobs.spawn_blocking(move || jobs::keep(&root, id, ended));
+        } else {
+            self.exits_kept(id, &[], Err(Error::State("the record cannot be written".to_owned())));
+        }
+    }
+
+    /// The ends of these containers are on disk for good; or they are not, and it is tried again for as long as there is
+    /// the sandbox: the guest keeps them.
+    pub(super) fn exits_kept(&mut self, id: &SandboxId, ended: &[ContainerId], result: Result<()>) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        let attention = &mut sandbox.attention;
+        attention.keeping = false;
+        if let Err(error) = result {
+            attention.keep_failures += 1;
+            let failures = attention.keep_failures;
+            tracing::warn!(sandbox = %id, %error, failures, "the end of a container is not on disk yet");
+            return self.later(pause(failures), Done::KeepExitsAgain(id.clone()));
+        }
+        attention.keep_failures = 0;
+        for container in ended {
+            if let Some(container) = self.containers.get_mut(container) {
+                container.kept = true;
+            }
+        }
+        self.keep_exits(id);
     }
 
     fn is_in(&self, container: &ContainerId, sandbox: &SandboxId) -> bool {
@@ -47,6 +122,7 @@ impl Owner {
     fn acknowledge(&mut self, id: &SandboxId) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         if let (false, Some(vm)) = (sandbox.attention.acknowledging, &sandbox.vm)
+            && sandbox.attention.unkept.is_empty()
             && let Some(sequence) = sandbox.attention.seen.take()
         {
             sandbox.attention.acknowledging = true;
@@ -64,6 +140,13 @@ impl Owner {
 
     /// The control connection is there again: what does the guest have?
     pub(super) fn guest_connected(&mut self, id: &SandboxId) {
+        if let Some(sandbox) = self.sandboxes.get_mut(id) {
+            sandbox.attention.compare_failures = 0;
+        }
+        self.compare_with_guest(id);
+    }
+
+    pub(super) fn compare_with_guest(&mut self, id: &SandboxId) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         // While it is being launched, the launch itself speaks to the guest first.
         if let (SandboxPhase::Ready, Some(vm)) = (&sandbox.phase, &sandbox.vm) {
@@ -81,7 +164,9 @@ impl Owner {
         if let Some(sandbox) = self.sandboxes.get_mut(id) {
             sandbox.attention.comparing = false;
             if std::mem::take(&mut sandbox.attention.compare_again) {
-                self.guest_connected(id);
+                self.compare_with_guest(id);
+            } else if states.is_none() {
+                self.compare_later(id);
             }
         }
         let mut unknown = Vec::new();
@@ -100,6 +185,21 @@ impl Owner {
         let vm = self.sandboxes.get(id).and_then(|sandbox| sandbox.vm.clone());
         if let (Some(vm), false) = (vm, unknown.is_empty()) {
             self.jobs.spawn(jobs::discard(vm, unknown));
+        }
+    }
+
+    /// A guest that did not say what it has is asked again: what ended, or runs without a log, would stay so.
+    fn compare_later(&mut self, id: &SandboxId) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
+        sandbox.attention.compare_failures += 1;
+        let failures = sandbox.attention.compare_failures;
+        if sandbox.phase != SandboxPhase::Ready {
+            return;
+        }
+        if failures < MOST_FAILURES {
+            self.later(pause(failures), Done::CompareAgain(id.clone()));
+        } else {
+            tracing::error!(sandbox = %id, failures, "its guest does not say what it has: asked again when it connects anew");
         }
     }
 
@@ -139,21 +239,63 @@ impl Owner {
             return false;
         }
         container.reopening = true;
-        let (id, log_path, tty) = (id.clone(), container.log_path.clone(), container.spec.tty);
+        let (id, tty) = (id.clone(), container.spec.tty);
+        let log = container.log_path.clone().map(|path| LogPlace { roots: self.shared.roots.clone(), path });
         self.jobs.spawn(async move {
-            let console = jobs::reopen_stdio(vm, &id, log_path, tty).await;
+            let console = jobs::reopen_stdio(vm, &id, log, tty).await;
             Done::ConsoleBack(id, console)
         });
         true
     }
 
-    /// The stdio is open again, or cannot be: an end that waited for it is told.
-    pub(super) fn console_back(&mut self, id: &ContainerId, console: Option<Arc<Console>>) {
+    /// The stdio is open again, or is tried again, or cannot be had: an end that waited for it is told.
+    pub(super) fn console_back(&mut self, id: &ContainerId, reopened: jobs::Reopened) {
         let Some(container) = self.containers.get_mut(id) else { return };
+        match reopened {
+            jobs::Reopened::Open(console) => {
+                container.console = Some(console);
+                container.reopen_failures = 0;
+            }
+            jobs::Reopened::Failed => {
+                container.reopen_failures += 1;
+                let failures = container.reopen_failures;
+                let most = if container.ending.is_some() { MOST_FAILURES_AT_THE_END } else { MOST_FAILURES };
+                if failures < most {
+                    return self.later(pause(failures), Done::ReopenAgain(id.clone()));
+                }
+                container.reopen_failures = 0;
+                tracing::error!(container = %id, failures, "its output cannot be had: what it says is in no log");
+            }
+            jobs::Reopened::Gone => {}
+        }
         container.reopening = false;
-        container.console = console.or(container.console.take());
         if container.ending.is_some() {
             self.finish_ending(id);
         }
+    }
+
+    /// The next try. Without a guest there is no more to be had.
+    pub(super) fn reopen_again(&mut self, id: &ContainerId) {
+        let Some(container) = self.containers.get_mut(id) else { return };
+        container.reopening = false;
+        let sandbox = container.sandbox.clone();
+        let ends = container.ending.is_some();
+        if !self.reopen_console(&sandbox, id) && ends {
+            self.finish_ending(id);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_and_have_an_end() {
+        let all = |most| (1..most).map(pause).sum::<Duration>();
+        assert_eq!(pause(1), FIRST_PAUSE);
+        assert_eq!(pause(u32::MAX), LONGEST_PAUSE);
+        assert!(all(MOST_FAILURES_AT_THE_END) < Duration::from_secs(8));
+        assert!(all(MOST_FAILURES) < Duration::from_secs(100));
     }
 }

@@ -7,10 +7,12 @@
 use crate::console::{Console, Receipts};
 use crate::error::{Error, Result, within};
 use crate::images::Image;
-use crate::logs::LogWriter;
+use crate::logs::{LogPlace, LogWriter};
+use crate::roots::Roots;
 use crate::service::Shared;
 use crate::service::owner::Done;
 use crate::service::process::{self, SIGKILL, SIGTERM};
+use crate::service::recover;
 use crate::spec::{ContainerSpec, MountSpec, Resources, SandboxSpec};
 use crate::vm::guest::Expected;
 use crate::vm::pod::{CALL_DEADLINE, PodVm};
@@ -19,7 +21,7 @@ use crate::volumes::{self, Served};
 use atoll_spec::guest::{self, Call, GuestErrorKind, Layer, MountSource, Process, Reply};
 use atoll_spec::ids::{ContainerId, SandboxId};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -82,7 +84,8 @@ impl Making {
         let layers = self.map(&image).await?;
         let mut served = Vec::with_capacity(self.spec.mounts.len());
         for mount in &self.spec.mounts {
-            served.push((mount, volumes::classify(mount, &self.sandbox.scratch_volumes)?));
+            served
+                .push((mount, volumes::classify(mount, &self.sandbox.scratch_volumes, &self.shared.roots)?));
         }
         let trees = self.publish(&served).await?;
         let mut mounts = Vec::with_capacity(served.len());
@@ -95,12 +98,11 @@ impl Making {
                     let image = self.image(&image)?;
                     MountSource::Image { layers: self.map(&image).await? }
                 }
-                Served::File { path, copy_back: back } => {
-                    let source = volumes::read_file(&path)?;
+                Served::File { file, copy_back: back } => {
                     if back {
-                        copy_back.push((mount.container_path.clone(), path));
+                        copy_back.push((mount.container_path.clone(), file.path().to_owned()));
                     }
-                    source
+                    volumes::read_file(&file)?
                 }
             };
             let target = mount.container_path.clone();
@@ -127,9 +129,10 @@ impl Making {
             if self.known_trees.contains(name) || trees.iter().any(|(n, _, _)| n == name) {
                 continue;
             }
+            let path = directory.path().to_owned();
             let watched =
                 watch::publish_and_watch(self.vm.link.clone(), name.clone(), directory.clone()).await?;
-            trees.push((name.clone(), directory.clone(), watched));
+            trees.push((name.clone(), path, watched));
         }
         Ok(trees)
     }
@@ -163,15 +166,15 @@ pub(super) struct Starting {
     pub vm: Arc<PodVm>,
     pub id: ContainerId,
     pub stdio: Option<Expected>,
-    pub log_path: Option<PathBuf>,
+    pub log: Option<LogPlace>,
     pub tty: bool,
 }
 
 impl Starting {
     pub async fn run(self) -> Result<Arc<Console>> {
         // First, so that a log that cannot be written is an error of the start, and nothing is lost.
-        let log = match &self.log_path {
-            Some(path) => Some(LogWriter::open(path).await?),
+        let log = match self.log {
+            Some(place) => Some(LogWriter::open(place).await?),
             None => None,
         };
         let stdio =
@@ -218,6 +221,7 @@ pub(super) struct Ending {
     pub id: ContainerId,
     pub console: Option<Arc<Console>>,
     pub copy_back: Vec<(String, PathBuf)>,
+    pub roots: Arc<Roots>,
 }
 
 impl Ending {
@@ -229,7 +233,7 @@ impl Ending {
         for (target, path) in self.copy_back {
             let call = Call::ReadFile { container: self.id.clone(), target };
             let result = match vm.link.call(call, CALL_DEADLINE).await {
-                Ok(Reply::File { base64 }) => volumes::write_back(&path, &base64),
+                Ok(Reply::File { base64 }) => volumes::write_back(&self.roots, &path, &base64),
                 Ok(_) => Ok(()),
                 Err(error) => Err(error),
             };
@@ -314,6 +318,12 @@ pub(super) async fn update_limits(
     vm.link.call(call, CALL_DEADLINE).await.map(|_| ())
 }
 
+/// Keeps the ends of containers, as the record has them, over a power cut.
+pub(super) fn keep(root: &Path, sandbox: SandboxId, containers: Vec<ContainerId>) -> Done {
+    let result = recover::sync(root, &sandbox);
+    Done::ExitsKept(sandbox, containers, result)
+}
+
 /// Tells the guest that events up to `sequence` are kept.
 pub(super) async fn acknowledge(sandbox: SandboxId, vm: Arc<PodVm>, sequence: u64) -> Done {
     // When this fails, the guest sends them again, which changes nothing.
@@ -333,16 +343,26 @@ pub(super) async fn list(sandbox: SandboxId, vm: Arc<PodVm>) -> Done {
     }
 }
 
+/// What became of the stdio of a container that was to be opened again.
+pub(super) enum Reopened {
+    /// It is open.
+    Open(Arc<Console>),
+    /// Its guest does not have the container.
+    Gone,
+    /// Another try may help.
+    Failed,
+}
+
 /// Opens the stdio of a running container again.
 pub(super) async fn reopen_stdio(
     vm: Arc<PodVm>,
     id: &ContainerId,
-    log_path: Option<PathBuf>,
+    log: Option<LogPlace>,
     tty: bool,
-) -> Option<Arc<Console>> {
+) -> Reopened {
     let reopen = async {
-        let log = match &log_path {
-            Some(path) => Some(LogWriter::open(path).await?),
+        let log = match log {
+            Some(place) => Some(LogWriter::open(place).await?),
             None => None,
         };
         let (number, stream) = vm.link.expect_stream();
@@ -351,10 +371,13 @@ pub(super) async fn reopen_stdio(
         Ok::<_, Error>(Console::start(stream.take().await?, tty, log, receipts))
     };
     match reopen.await {
-        Ok(console) => Some(console),
+        Ok(console) => Reopened::Open(console),
         Err(error) => {
             tracing::warn!(container = %id, %error, "cannot open the output of a container again");
-            None
+            match error {
+                Error::Guest { kind: GuestErrorKind::NotFound, .. } => Reopened::Gone,
+                _ => Reopened::Failed,
+            }
         }
     }
 }

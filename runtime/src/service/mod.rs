@@ -14,6 +14,7 @@ pub mod container;
 mod containers;
 mod guests;
 mod jobs;
+mod network;
 mod owner;
 pub mod process;
 mod recover;
@@ -26,6 +27,7 @@ use crate::config::Config;
 use crate::console::Console;
 use crate::error::{Error, Result};
 use crate::images::ImageStore;
+use crate::roots::Roots;
 use crate::service::container::ContainerPhase;
 use crate::service::sandbox::SandboxPhase;
 use crate::spec::{ContainerSpec, Resources, SandboxSpec};
@@ -173,6 +175,8 @@ pub enum EventKind {
 pub struct Shared {
     /// Settings.
     pub config: Config,
+    /// How far the paths of clients may lead.
+    pub roots: Arc<Roots>,
     /// Images.
     pub images: ImageStore,
     /// How to launch a VM.

@@ -10,6 +10,7 @@ use crate::notify;
 use crate::service::container::{ContainerEvent, ContainerPhase, Ended};
 use crate::service::guests::Attention;
 use crate::service::jobs;
+use crate::service::network::{Installation, Installed};
 use crate::service::recover;
 use crate::service::sandbox::{SandboxEvent, SandboxPhase};
 use crate::service::{Command, ContainerView, EventKind, Reply, SandboxView, ServiceEvent, Shared};
@@ -49,6 +50,8 @@ pub(super) struct Sandbox {
     pub watches: HashMap<String, Watched>,
     /// Ends a launch that is no longer wanted.
     pub cancel: watch::Sender<bool>,
+    /// Its record is on disk as it is.
+    pub saved: bool,
     /// The VM's remains are being cleaned up.
     pub unwinding: bool,
     pub stop_waiters: Vec<Reply<()>>,
@@ -76,8 +79,12 @@ pub(super) struct Container {
     pub console: Option<Arc<Console>>,
     /// A job starts it, or takes a start back.
     pub in_start: bool,
-    /// The console is being opened again, after a restart of the runtime.
+    /// The console is being opened again, after a restart of the runtime, or will be.
     pub reopening: bool,
+    /// How often that has failed.
+    pub reopen_failures: u32,
+    /// Its end is on disk for good.
+    pub kept: bool,
     /// The guest has told its end; its last output is being written.
     pub ending: Option<Ended>,
     /// Tells jobs that wait for its end.
@@ -98,9 +105,13 @@ pub(super) enum Done {
     ContainerRemoved(ContainerId, Result<()>),
     LimitsChanged(ContainerId, Box<crate::spec::Resources>, Result<()>, Reply<()>),
     Acknowledged(SandboxId),
+    ExitsKept(SandboxId, Vec<ContainerId>, Result<()>),
+    KeepExitsAgain(SandboxId),
     Reconciled(SandboxId, Option<Vec<ContainerState>>),
-    ConsoleBack(ContainerId, Option<Arc<Console>>),
-    NetworkInstalled(Result<()>, Option<Reply<()>>),
+    CompareAgain(SandboxId),
+    ConsoleBack(ContainerId, jobs::Reopened),
+    ReopenAgain(ContainerId),
+    NetworkInstalled(Installed),
     Nothing,
 }
 
@@ -111,9 +122,10 @@ pub struct Owner {
     pub(super) containers: BTreeMap<ContainerId, Container>,
     pub(super) pool: Pool,
     pub(super) network: std::result::Result<(), String>,
+    pub(super) installation: Installation,
     pub(super) next_cid: u32,
     pub(super) jobs: JoinSet<Done>,
-    /// One task per VM that waits for its end. Not waited for at shutdown: VMs outlive us.
+    /// One task per VM that waits for its end, and what is to be tried again. Not waited for at shutdown: VMs outlive us.
     pub(super) watchers: JoinSet<Done>,
 }
 
@@ -128,6 +140,7 @@ impl Owner {
             network: Err(
                 "no pod CIDR yet: it comes with UpdateRuntimeConfig once the node has one".to_owned()
             ),
+            installation: Installation::default(),
             next_cid: GuestCid::FIRST.get(),
             jobs: JoinSet::new(),
             watchers: JoinSet::new(),
@@ -197,7 +210,7 @@ impl Owner {
             }
             Command::UseContainer(id, reply) => answer(reply, self.use_container(&id)),
             Command::UseSandbox(id, reply) => answer(reply, self.use_sandbox(&id)),
-            Command::SetPodCidr(cidr, reply) => self.set_pod_cidr(cidr, Some(reply)),
+            Command::SetPodCidr(cidr, reply) => self.set_pod_cidr(cidr, reply),
             Command::NetworkReady(reply) => answer(reply, Ok(self.network.clone())),
         }
     }
@@ -218,8 +231,12 @@ impl Owner {
             }
             Done::Acknowledged(id) => self.acknowledged(&id),
             Done::Reconciled(id, states) => self.reconciled(&id, states.as_deref()),
-            Done::ConsoleBack(id, console) => self.console_back(&id, console),
-            Done::NetworkInstalled(result, reply) => self.network_installed(result, reply),
+            Done::ExitsKept(id, containers, result) => self.exits_kept(&id, &containers, result),
+            Done::KeepExitsAgain(id) => self.keep_exits(&id),
+            Done::CompareAgain(id) => self.compare_with_guest(&id),
+            Done::ConsoleBack(id, reopened) => self.console_back(&id, reopened),
+            Done::ReopenAgain(id) => self.reopen_again(&id),
+            Done::NetworkInstalled(installed) => self.network_installed(installed),
             Done::Nothing => {}
         }
     }
@@ -269,12 +286,22 @@ impl Owner {
     }
 
     /// Writes `state.json`. Not waited for in a job: it is a small file in the page cache, and order matters.
-    pub(super) fn save(&self, id: &SandboxId) {
-        let Some(sandbox) = self.sandboxes.get(id) else { return };
+    pub(super) fn save(&mut self, id: &SandboxId) {
+        let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         let containers = self.containers.values().filter(|c| c.sandbox == *id);
-        if let Err(error) = recover::save(&self.shared.config.sandboxes(), sandbox, containers) {
+        let result = recover::save(&self.shared.config.sandboxes(), sandbox, containers);
+        sandbox.saved = result.is_ok();
+        if let Err(error) = result {
             tracing::error!(sandbox = %id, %error, "cannot write the sandbox's state: a restart would not find it");
         }
+    }
+
+    /// Comes back to something. Not waited for at shutdown.
+    pub(super) fn later(&mut self, pause: Duration, done: Done) {
+        self.watchers.spawn(async move {
+            tokio::time::sleep(pause).await;
+            done
+        });
     }
 
     /// Tells listeners.

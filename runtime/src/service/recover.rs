@@ -27,6 +27,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io;
 use std::net::Ipv4Addr;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::sync::watch;
@@ -34,6 +35,8 @@ use tokio::sync::watch;
 const FILE: &str = "state.json";
 const CIDR_FILE: &str = "pod-cidr";
 const VERSION: u32 = 1;
+/// How often a record may be replaced while it is synced.
+const SYNC_TRIES: usize = 8;
 
 /// `state.json`.
 #[derive(Serialize, Deserialize)]
@@ -118,7 +121,8 @@ impl PhaseRecord {
 }
 
 /// Replaced whole, but not synced: a record matters while its VM lives, and a power cut ends every VM. What a cut leaves
-/// of a record that was never written before is unreadable, and its sandbox is cleared away as one without a record.
+/// of a record that was never written before is unreadable, and its sandbox is cleared away as one without a record. The
+/// end of a container matters longer, and has [`sync`].
 fn replace(path: &Path, content: &[u8]) -> Result<()> {
     let new = path.with_extension("new");
     fs::write(&new, content).map_err(Error::io("write", &new))?;
@@ -173,6 +177,24 @@ pub(super) fn save<'a>(
     replace(&root.join(sandbox.id.as_str()).join(FILE), &json)
 }
 
+/// Makes a sandbox's record, as it is now or newer, outlive a power cut.
+pub(super) fn sync(root: &Path, id: &SandboxId) -> Result<()> {
+    let directory = root.join(id.as_str());
+    let path = directory.join(FILE);
+    for _ in 0..SYNC_TRIES {
+        let file = fs::File::open(&path).map_err(Error::io("open", &path))?;
+        let number = || Ok((file.metadata()?.ino(), fs::metadata(&path)?.ino()));
+        let synced =
+            || file.sync_all().and_then(|()| fs::File::open(&directory)?.sync_all()).and_then(|()| number());
+        let (old, new) = synced().map_err(Error::io("sync", &path))?;
+        // Otherwise the owner has replaced it meanwhile, with one that knows at least as much.
+        if old == new {
+            return Ok(());
+        }
+    }
+    Err(Error::State(format!("{} is replaced faster than it can be synced", path.display())))
+}
+
 /// Removes a sandbox's directory. Its record goes first, so that half a removal is finished at the next start.
 pub(super) fn delete(root: &Path, id: &SandboxId) -> Result<()> {
     let directory = root.join(id.as_str());
@@ -210,12 +232,7 @@ impl Owner {
         }
         let given = self.shared.config.pod_cidr.as_deref().and_then(|c| PodCidr::parse(c).ok());
         if let Some(cidr) = load_cidr(&root).or(given) {
-            self.pool.set_cidr(cidr);
-            let ports: Vec<Port> =
-                self.sandboxes.values().filter(|s| s.phase.has_vm()).map(|s| s.port.clone()).collect();
-            // Waited for: the first pod may come as soon as the socket is open.
-            let result = self.shared.launcher.host.install_network(cidr, &ports).await;
-            self.network_installed(result, None);
+            self.recover_network(cidr).await;
         }
         Ok(())
     }
@@ -319,7 +336,8 @@ impl Owner {
 
     fn watch_trees(&mut self, id: &SandboxId, vm: &PodVm, trees: BTreeMap<String, PathBuf>) {
         for (name, directory) in trees {
-            match watch_again(vm.link.clone(), name.clone(), directory) {
+            let found = self.shared.roots.volume(&directory).map(Arc::new);
+            match found.and_then(|found| watch_again(vm.link.clone(), name.clone(), found)) {
                 Ok(watched) => {
                     if let Some(sandbox) = self.sandboxes.get_mut(id) {
                         sandbox.watches.insert(name, watched);
@@ -356,6 +374,8 @@ fn restore(record: Record) -> (Sandbox, Vec<Container>) {
         console: None,
         in_start: false,
         reopening: false,
+        reopen_failures: 0,
+        kept: false,
         ending: None,
         exited: watch::Sender::new(false),
         remove_waiters: Vec::new(),
@@ -373,6 +393,7 @@ fn restore(record: Record) -> (Sandbox, Vec<Container>) {
         vm: None,
         watches: HashMap::new(),
         cancel: watch::Sender::new(false),
+        saved: true,
         unwinding: false,
         stop_waiters: Vec::new(),
         remove_waiters: Vec::new(),

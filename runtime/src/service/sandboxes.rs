@@ -8,7 +8,7 @@ use crate::service::owner::{Done, Owner, Sandbox, answer};
 use crate::service::sandbox::{SandboxEvent, SandboxPhase};
 use crate::service::{ContainerView, EventKind, Reply, RunningSandbox, SandboxView, random_hex, recover};
 use crate::spec::SandboxSpec;
-use crate::vm::address::{GATEWAY, GATEWAY_MAC, MTU, PodCidr, pod_mac};
+use crate::vm::address::{GATEWAY, GATEWAY_MAC, MTU, pod_mac};
 use crate::vm::launch::{self, Plan, unix_ns};
 use crate::vm::network::Port;
 use crate::vm::pod::PodVm;
@@ -16,6 +16,7 @@ use atoll_spec::guest::{GuestConfig, GuestNetwork};
 use atoll_spec::ids::{ContainerId, SandboxId};
 use atoll_spec::units::GuestCid;
 use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 use std::sync::Arc;
 use tokio::sync::watch;
 
@@ -46,6 +47,9 @@ impl Owner {
                 name.namespace, name.name, name.attempt, twin.id
             )));
         }
+        if !spec.log_directory.is_empty() {
+            self.shared.roots.check_log(Path::new(&spec.log_directory))?;
+        }
         self.shared.launcher.host.check().map_err(Error::State)?;
         self.network.clone().map_err(|why| Error::State(format!("pods have no network: {why}")))?;
         let id: SandboxId = random_hex()?.parse().map_err(|e| Error::Invalid(format!("{e}")))?;
@@ -69,6 +73,7 @@ impl Owner {
             vm: None,
             watches: HashMap::new(),
             cancel: watch::Sender::new(false),
+            saved: false,
             unwinding: false,
             stop_waiters: Vec::new(),
             remove_waiters: Vec::new(),
@@ -347,34 +352,6 @@ impl Owner {
                 Ok(RunningSandbox { vm: vm.clone(), address: sandbox.port.address })
             }
             _ => Err(Error::State(format!("sandbox {id} is not ready"))),
-        }
-    }
-
-    pub(super) fn set_pod_cidr(&mut self, cidr: PodCidr, reply: Option<Reply<()>>) {
-        let known = self.pool.cidr() == Some(cidr) && self.network.is_ok();
-        self.pool.set_cidr(cidr);
-        if known {
-            reply.into_iter().for_each(|reply| answer(reply, Ok(())));
-            return;
-        }
-        if let Err(error) = recover::save_cidr(&self.shared.config.sandboxes(), cidr) {
-            tracing::error!(%error, "cannot keep the pod CIDR over a restart");
-        }
-        let ports: Vec<Port> =
-            self.sandboxes.values().filter(|s| s.phase.has_vm()).map(|s| s.port.clone()).collect();
-        let shared = self.shared.clone();
-        self.jobs.spawn(async move {
-            Done::NetworkInstalled(shared.launcher.host.install_network(cidr, &ports).await, reply)
-        });
-    }
-
-    pub(super) fn network_installed(&mut self, result: Result<()>, reply: Option<Reply<()>>) {
-        self.network = result.as_ref().copied().map_err(ToString::to_string);
-        if let Err(error) = &result {
-            tracing::error!(%error, "pods have no network");
-        }
-        if let Some(reply) = reply {
-            answer(reply, result);
         }
     }
 }

@@ -9,17 +9,19 @@ pub mod tree;
 pub mod watch;
 
 use crate::error::{Error, Result};
+use crate::roots::{Found, Roots};
 use crate::spec::{MountSpec, ScratchVolume};
 use atoll_spec::guest::{MAX_FILE, MountSource};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use rustix::fs::{FileType, OFlags};
 use sha2::{Digest, Sha256};
-use std::fs;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::io::{self, Read, Seek, Write};
+use std::path::Path;
+use std::sync::Arc;
 
 /// How a mount will be served.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Served {
     /// A directory of the guest.
     Scratch(MountSource),
@@ -28,12 +30,12 @@ pub enum Served {
         /// Its name in the guest.
         name: String,
         /// Its directory on the host.
-        directory: PathBuf,
+        directory: Arc<Found>,
     },
     /// A copy of a file.
     File {
         /// The file on the host.
-        path: PathBuf,
+        file: Found,
         /// Copy it back when the container exits.
         copy_back: bool,
     },
@@ -45,7 +47,7 @@ pub enum Served {
 }
 
 /// Decides how to serve a mount.
-pub fn classify(mount: &MountSpec, scratch: &[ScratchVolume]) -> Result<Served> {
+pub fn classify(mount: &MountSpec, scratch: &[ScratchVolume], roots: &Roots) -> Result<Served> {
     if !mount.container_path.starts_with('/') {
         return Err(Error::Invalid(format!(
             "mount path '{}' in the container is not absolute",
@@ -65,15 +67,15 @@ pub fn classify(mount: &MountSpec, scratch: &[ScratchVolume]) -> Result<Served> 
     if let Some(source) = scratch_source(path, scratch) {
         return Ok(Served::Scratch(source));
     }
-    let metadata = fs::metadata(path).map_err(Error::io("mount", path))?;
-    let kind = metadata.file_type();
-    if kind.is_dir() && mount.read_only {
-        return Ok(Served::Tree { name: tree_name(path), directory: path.to_owned() });
+    let found = roots.volume(path)?;
+    let kind = found.kind();
+    if kind == FileType::Directory && mount.read_only {
+        return Ok(Served::Tree { name: tree_name(path), directory: Arc::new(found) });
     }
-    if kind.is_file() {
-        return Ok(Served::File { path: path.to_owned(), copy_back: !mount.read_only });
+    if kind == FileType::RegularFile {
+        return Ok(Served::File { file: found, copy_back: !mount.read_only });
     }
-    Err(Error::Refused(if kind.is_dir() {
+    Err(Error::Refused(if kind == FileType::Directory {
         format!(
             "host directory {} cannot be mounted read-write: a pod is a virtual machine and shares no files with the host; \
              mount it read-only, or use an emptyDir",
@@ -127,33 +129,52 @@ fn name_of(path: &Path) -> String {
 }
 
 /// The content of a file, as the guest takes it.
-pub fn read_file(path: &Path) -> Result<MountSource> {
-    let metadata = fs::metadata(path).map_err(Error::io("read", path))?;
-    if metadata.len() > MAX_FILE as u64 {
+pub fn read_file(file: &Found) -> Result<MountSource> {
+    let mut opened = file.open(OFlags::RDONLY).map_err(Error::io("read", file.path()))?;
+    let content = read_all(&mut opened).map_err(Error::io("read", file.path()))?;
+    if content.len() > MAX_FILE {
         return Err(Error::Refused(format!(
             "{} has {} bytes: a single file of at most {MAX_FILE} bytes can be mounted, mount its directory instead",
-            path.display(),
-            metadata.len()
+            file.path().display(),
+            file.length().max(content.len() as u64)
         )));
     }
-    let content = fs::read(path).map_err(Error::io("read", path))?;
-    Ok(MountSource::File { base64: STANDARD.encode(content), mode: metadata.permissions().mode() & 0o7777 })
+    Ok(MountSource::File { base64: STANDARD.encode(content), mode: file.mode() })
 }
 
-/// Writes back what a container made of a file; the file stays the same file, for whoever has it open.
-pub fn write_back(path: &Path, base64: &str) -> Result<()> {
+/// At most a byte more than can be mounted.
+fn read_all(file: &mut std::fs::File) -> io::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    file.take(MAX_FILE as u64 + 1).read_to_end(&mut content)?;
+    Ok(content)
+}
+
+/// Writes back what a container made of a file; the file stays the same file, for whoever has it open. It is found anew,
+/// under the same rules as at first, for the runtime may have been restarted in between.
+pub fn write_back(roots: &Roots, path: &Path, base64: &str) -> Result<()> {
     let content = STANDARD.decode(base64).map_err(|e| {
         Error::Invalid(format!("the guest sent an unreadable copy of {}: {e}", path.display()))
     })?;
-    if fs::read(path).is_ok_and(|old| old == content) {
-        return Ok(());
+    let found = roots.volume(path)?;
+    if found.kind() != FileType::RegularFile {
+        return Err(Error::Refused(format!("{} is a file no more", path.display())));
     }
-    fs::write(path, content).map_err(Error::io("write back", path))
+    let write = || {
+        let mut file = found.open(OFlags::RDWR)?;
+        if read_all(&mut file)? == content {
+            return Ok(());
+        }
+        file.set_len(0)?;
+        file.rewind()?;
+        file.write_all(&content)
+    };
+    write().map_err(Error::io("write back", path))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     fn mount(host_path: &Path, read_only: bool) -> MountSpec {
         MountSpec {
@@ -174,14 +195,16 @@ mod tests {
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         let volume =
             ScratchVolume { path: "/pods/1/v".into(), medium: "Memory".into(), size_limit_bytes: Some(9) };
-        let check = |path: &Path, read_only| classify(&mount(path, read_only), std::slice::from_ref(&volume));
+        let roots = Roots::below(dir.path(), dir.path());
+        let check =
+            |path: &Path, read_only| classify(&mount(path, read_only), std::slice::from_ref(&volume), &roots);
 
         assert!(matches!(check(dir.path(), true), Ok(Served::Tree { .. })));
         assert!(matches!(check(dir.path(), false), Err(Error::Refused(_))));
         assert!(matches!(check(&file, false), Ok(Served::File { copy_back: true, .. })));
         assert!(matches!(check(&file, true), Ok(Served::File { copy_back: false, .. })));
         assert!(matches!(check(&socket, true), Err(Error::Refused(_))));
-        assert!(matches!(check(Path::new("/does/not/exist"), true), Err(Error::Io { .. })));
+        assert!(matches!(check(&dir.path().join("missing"), true), Err(Error::Io { .. })));
         assert!(matches!(check(Path::new("relative"), true), Err(Error::Invalid(_))));
         assert!(matches!(check(Path::new("/pods/1/v/../../etc"), true), Err(Error::Invalid(_))));
         let Ok(Served::Scratch(MountSource::Scratch { sub_path, memory, size_bytes, .. })) =
@@ -197,11 +220,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("f");
         fs::write(&file, "one").unwrap();
-        let MountSource::File { base64, .. } = read_file(&file).unwrap() else { panic!("not a file") };
-        fs::write(&file, "two").unwrap();
-        write_back(&file, &base64).unwrap();
+        let roots = Roots::below(dir.path(), dir.path());
+        let read = || read_file(&roots.volume(&file).unwrap());
+        let MountSource::File { base64, .. } = read().unwrap() else { panic!("not a file") };
+        fs::write(&file, "two and more").unwrap();
+        write_back(&roots, &file, &base64).unwrap();
         assert_eq!(fs::read_to_string(&file).unwrap(), "one");
         fs::write(&file, vec![0; MAX_FILE + 1]).unwrap();
-        assert!(matches!(read_file(&file), Err(Error::Refused(_))));
+        assert!(matches!(read(), Err(Error::Refused(_))));
     }
 }

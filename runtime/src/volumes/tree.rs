@@ -1,14 +1,23 @@
 //! A published tree: a host directory as a tar.
 //!
 //! Called when a container with such a mount is created, and by `watch` when the directory changed. Invariant: only
-//! directories, regular files and symbolic links go in, links as links; the archive is bounded by [`MAX_TREE`].
+//! directories, regular files and symbolic links go in, links as links, and all of them belong to the directory's owner;
+//! the archive is bounded by [`MAX_TREE`]. The tree is walked by descriptors, so that it is one tree whatever is renamed.
 
 use crate::error::{Error, Result, within};
+use crate::roots::{Found, reopen};
 use crate::vm::guest::GuestLink;
 use atoll_spec::guest::Call;
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::path::Path;
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use std::ffi::OsString;
+use std::fs::{File, Metadata};
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 
@@ -16,12 +25,15 @@ use tokio::io::AsyncWriteExt;
 pub const MAX_TREE: usize = 64 << 20;
 /// Deadline of sending one tree.
 const PUBLISH_DEADLINE: Duration = Duration::from_secs(60);
+/// Deepest directory: each holds a descriptor and a piece of the stack while it is read.
+const MAX_DEPTH: usize = 64;
 
 /// Sends `directory` to the guest as tree `name`; answers when the guest shows it.
-pub async fn publish(link: &GuestLink, name: &str, directory: &Path) -> Result<()> {
-    let path = directory.to_owned();
-    let archive = tokio::task::spawn_blocking(move || archive(&path));
+pub async fn publish(link: &GuestLink, name: &str, tree: &Arc<Found>) -> Result<()> {
+    let found = tree.clone();
+    let archive = tokio::task::spawn_blocking(move || archive(&found));
     let archive = archive.await.map_err(|e| Error::Invalid(e.to_string()))?;
+    let directory = tree.path();
     let archive = archive.map_err(Error::io("read tree", directory))?;
 
     let (number, stream) = link.expect_stream();
@@ -61,48 +73,103 @@ impl Write for Bounded {
 }
 
 /// The directory as a tar, entries sorted, names relative.
-fn archive(directory: &Path) -> io::Result<Vec<u8>> {
+fn archive(tree: &Found) -> io::Result<Vec<u8>> {
     let mut builder = tar::Builder::new(Bounded(Vec::new()));
-    builder.mode(tar::HeaderMode::Complete);
-    builder.follow_symlinks(false);
-    builder.sparse(false);
-    builder.append_dir(".", directory)?;
-    append(&mut builder, directory, Path::new(""))?;
+    let root = tree.open(OFlags::RDONLY | OFlags::DIRECTORY)?;
+    append_head(&mut builder, Path::new("."), &root.metadata()?)?;
+    append(&mut builder, &root, Path::new(""), tree.owner(), MAX_DEPTH)?;
     builder.finish()?;
     Ok(builder.into_inner()?.0)
 }
 
-fn append(builder: &mut tar::Builder<Bounded>, directory: &Path, inside: &Path) -> io::Result<()> {
-    let mut names =
-        fs::read_dir(directory)?.map(|e| e.map(|e| e.file_name())).collect::<io::Result<Vec<_>>>()?;
-    names.sort();
-    for name in names {
-        let (path, relative) = (directory.join(&name), inside.join(&name));
-        let metadata = match fs::symlink_metadata(&path) {
-            Ok(metadata) => metadata,
+fn append_head(builder: &mut tar::Builder<Bounded>, name: &Path, metadata: &Metadata) -> io::Result<()> {
+    let mut header = tar::Header::new_gnu();
+    header.set_metadata(metadata);
+    builder.append_data(&mut header, name, io::empty())
+}
+
+fn append(
+    builder: &mut tar::Builder<Bounded>,
+    directory: &File,
+    inside: &Path,
+    owner: u32,
+    depth: usize,
+) -> io::Result<()> {
+    if depth == 0 {
+        return Err(io::Error::other(format!("its directories are more than {MAX_DEPTH} deep")));
+    }
+    for name in names(directory)? {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let place = match rustix::fs::openat(directory, &name, flags, Mode::empty()) {
+            Ok(place) => File::from(place),
             // A new version replaced the old meanwhile; the change is seen and the tree is sent again.
-            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-            Err(e) => return Err(e),
+            Err(Errno::NOENT) => continue,
+            Err(error) => return Err(error.into()),
         };
+        let (metadata, relative) = (place.metadata()?, inside.join(&name));
+        if metadata.uid() != owner {
+            let why = format!("{} belongs to another user than the tree", relative.display());
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+        }
         let kind = metadata.file_type();
         if kind.is_dir() {
-            builder.append_dir(&relative, &path)?;
-            append(builder, &path, &relative)?;
+            append_head(builder, &relative, &metadata)?;
+            let directory = reopen(place.as_fd(), OFlags::RDONLY | OFlags::DIRECTORY)?;
+            append(builder, &directory, &relative, owner, depth - 1)?;
         } else if kind.is_file() {
-            builder.append_file(&relative, &mut File::open(&path)?)?;
+            append_file(builder, &relative, &metadata, reopen(place.as_fd(), OFlags::RDONLY)?)?;
         } else if kind.is_symlink() {
             let mut header = tar::Header::new_gnu();
             header.set_metadata(&metadata);
             header.set_size(0);
-            builder.append_link(&mut header, &relative, fs::read_link(&path)?)?;
+            let target = rustix::fs::readlinkat(&place, "", Vec::new())?;
+            builder.append_link(
+                &mut header,
+                &relative,
+                PathBuf::from(OsString::from_vec(target.into_bytes())),
+            )?;
         }
     }
     Ok(())
 }
 
+/// What is in a directory, sorted.
+fn names(directory: &File) -> io::Result<Vec<OsString>> {
+    let mut names = Vec::new();
+    for entry in rustix::fs::Dir::read_from(directory)? {
+        let name = entry?.file_name().to_bytes().to_vec();
+        if name != b"." && name != b".." {
+            names.push(OsString::from_vec(name));
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// The length is that of what was read: the file may grow meanwhile.
+fn append_file(
+    builder: &mut tar::Builder<Bounded>,
+    name: &Path,
+    metadata: &Metadata,
+    file: File,
+) -> io::Result<()> {
+    let mut content = Vec::new();
+    file.take(MAX_TREE as u64 + 1).read_to_end(&mut content)?;
+    let mut header = tar::Header::new_gnu();
+    header.set_metadata(metadata);
+    header.set_size(content.len() as u64);
+    builder.append_data(&mut header, name, &content[..])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::roots::Roots;
+    use std::fs;
+
+    fn archived(directory: &Path) -> io::Result<Vec<u8>> {
+        archive(&Roots::below(directory, directory).volume(directory).unwrap())
+    }
 
     #[test]
     fn links_stay_links_and_the_size_is_bounded() {
@@ -111,7 +178,7 @@ mod tests {
         fs::write(dir.path().join("..1/key"), "value").unwrap();
         std::os::unix::fs::symlink("..1", dir.path().join("..data")).unwrap();
         std::os::unix::fs::symlink("..data/key", dir.path().join("key")).unwrap();
-        let bytes = archive(dir.path()).unwrap();
+        let bytes = archived(dir.path()).unwrap();
         let mut archive_read = tar::Archive::new(&bytes[..]);
         let entries: Vec<(String, tar::EntryType)> = archive_read
             .entries()
@@ -125,6 +192,42 @@ mod tests {
 
         let big = File::create(dir.path().join("big")).unwrap();
         big.set_len(MAX_TREE as u64 + 1).unwrap();
-        assert_eq!(archive(dir.path()).err().map(|e| e.kind()), Some(io::ErrorKind::FileTooLarge));
+        assert_eq!(archived(dir.path()).err().map(|e| e.kind()), Some(io::ErrorKind::FileTooLarge));
+    }
+
+    #[test]
+    fn a_tree_is_read_by_its_descriptor_whatever_its_path_means_by_then() {
+        let (dir, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        fs::write(elsewhere.path().join("secret"), "of another").unwrap();
+        let tree = dir.path().join("tree");
+        fs::create_dir(&tree).unwrap();
+        fs::write(tree.join("key"), "value").unwrap();
+        let found = Roots::below(dir.path(), dir.path()).volume(&tree).unwrap();
+        fs::rename(&tree, dir.path().join("moved")).unwrap();
+        std::os::unix::fs::symlink(elsewhere.path(), &tree).unwrap();
+        let bytes = archive(&found).unwrap();
+        let mut read = tar::Archive::new(&bytes[..]);
+        let names: Vec<PathBuf> =
+            read.entries().unwrap().map(|e| e.unwrap().path().unwrap().into_owned()).collect();
+        assert_eq!(names.last().unwrap(), Path::new("key"), "{names:?}");
+        assert_eq!(names.len(), 2, "{names:?}");
+    }
+
+    #[test]
+    fn the_file_of_another_is_in_no_tree_and_no_tree_is_deeper_than_can_be_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("linked");
+        fs::write(&file, "x").unwrap();
+        if rustix::process::geteuid().is_root() {
+            std::os::unix::fs::chown(&file, Some(1234), None).unwrap();
+            let error = archived(dir.path()).unwrap_err();
+            assert!(error.to_string().contains("linked belongs to another user"), "{error}");
+        }
+        fs::remove_file(&file).unwrap();
+        let deep: PathBuf = std::iter::once(dir.path().to_owned())
+            .chain((0..=MAX_DEPTH).map(|_| PathBuf::from("d")))
+            .collect();
+        fs::create_dir_all(deep).unwrap();
+        assert!(archived(dir.path()).unwrap_err().to_string().contains("64 deep"));
     }
 }

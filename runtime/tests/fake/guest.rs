@@ -132,11 +132,20 @@ impl Guest {
                 self.vmm.containers.fetch_sub(usize::from(removed.is_some()), SeqCst);
                 removed.map(|_| Reply::Done).ok_or_else(|| error(GuestErrorKind::NotFound))
             }
+            Call::OpenStdio { .. } if self.vmm.happens(Fault::Stdio) => Err(error(GuestErrorKind::System)),
+            Call::List if self.vmm.happens(Fault::List) => Err(error(GuestErrorKind::System)),
+            Call::ReadFile { .. } if self.vmm.happens(Fault::File) => {
+                let mut records = self.vmm.records.subscribe();
+                let half_a_second = std::time::Duration::from_millis(500);
+                let _ = tokio::time::timeout(half_a_second, records.wait_for(|r| !r.is_empty())).await;
+                Ok(Reply::File { base64: STANDARD.encode("late") })
+            }
             Call::OpenStdio { container, stream } => {
                 let stream = self.stream(stream).await;
                 let args = self.with(&container, |c| Ok(c.spec.process.args.clone()))?;
                 let signal = self.with(&container, |c| Ok(c.signal.subscribe()))?;
                 tokio::spawn(program(args, stream, signal));
+                self.vmm.reopened.fetch_add(1, SeqCst);
                 Ok(Reply::Done)
             }
             Call::Exec(spec) => {
@@ -168,6 +177,7 @@ impl Guest {
                 Ok(Reply::Containers { containers: containers.collect() })
             }
             Call::AckEvents { sequence } => {
+                self.vmm.acknowledged_events();
                 self.state.lock().unwrap().events.retain(|(s, _)| *s > sequence);
                 Ok(Reply::Done)
             }

@@ -24,7 +24,7 @@ use futures_util::future::BoxFuture;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
@@ -50,6 +50,12 @@ pub enum Fault {
     Start,
     /// It refuses to remove a container.
     Remove,
+    /// It does not say what it has.
+    List,
+    /// It does not open a container's stdio again.
+    Stdio,
+    /// It reads a file only after the next acknowledgement of events, or half a second.
+    File,
 }
 
 #[derive(Clone)]
@@ -59,6 +65,11 @@ pub struct FakeVmm {
     pub containers: Arc<std::sync::atomic::AtomicUsize>,
     /// Bytes of output that the runtime has acknowledged last.
     pub acknowledged: Arc<std::sync::atomic::AtomicU64>,
+    /// How often it opened a container's stdio again.
+    pub reopened: Arc<std::sync::atomic::AtomicUsize>,
+    /// The sandbox's record as it was on disk at each acknowledgement of events.
+    pub records: Arc<watch::Sender<Vec<String>>>,
+    directory: PathBuf,
     /// What the guest does wrong, once each.
     faults: Arc<Mutex<BTreeSet<Fault>>>,
     exit: Arc<watch::Sender<Option<i32>>>,
@@ -81,6 +92,12 @@ impl FakeVmm {
 
     fn happens(&self, fault: Fault) -> bool {
         self.faults.lock().unwrap().remove(&fault)
+    }
+
+    /// The runtime has acknowledged events.
+    fn acknowledged_events(&self) {
+        let record = std::fs::read_to_string(self.directory.join("state.json")).unwrap();
+        self.records.send_modify(|records| records.push(record));
     }
 
     pub async fn ended(&self) {
@@ -117,6 +134,12 @@ impl Exchange {
 pub struct FakeHost {
     pub taken: Arc<Mutex<Taken>>,
     pub exchange: Exchange,
+    /// The packet filter: pod CIDR and taps.
+    pub filter: Arc<Mutex<(String, BTreeSet<String>)>>,
+    /// Installing the filter of this CIDR takes until it is another one.
+    pub held: Arc<watch::Sender<Option<String>>>,
+    /// How many installations have begun.
+    pub installing: Arc<watch::Sender<usize>>,
     /// The next launches fail at this step.
     pub broken: Arc<Mutex<Option<&'static str>>>,
 }
@@ -152,8 +175,15 @@ impl Host for FakeHost {
         }
     }
 
-    fn install_network<'a>(&'a self, _: PodCidr, _: &'a [Port]) -> BoxFuture<'a, Result<()>> {
-        Box::pin(async { Ok(()) })
+    fn install_network<'a>(&'a self, cidr: PodCidr, ports: &'a [Port]) -> BoxFuture<'a, Result<()>> {
+        Box::pin(async move {
+            self.installing.send_modify(|installing| *installing += 1);
+            // An error would say that the test is over.
+            let _ = self.held.subscribe().wait_for(|held| *held != Some(cidr.to_string())).await;
+            let taps = ports.iter().map(|port| port.tap.clone()).collect();
+            *self.filter.lock().unwrap() = (cidr.to_string(), taps);
+            Ok(())
+        })
     }
 
     fn open_network<'a>(&'a self, port: &'a Port) -> BoxFuture<'a, Result<OwnedFd>> {
@@ -187,6 +217,9 @@ impl Host for FakeHost {
             cid: order.cid,
             containers: Arc::default(),
             acknowledged: Arc::default(),
+            reopened: Arc::default(),
+            records: Arc::new(watch::Sender::new(Vec::new())),
+            directory: order.directory.clone(),
             faults: Arc::default(),
             exit: Arc::new(watch::Sender::new(None)),
         };
@@ -318,6 +351,10 @@ impl Fixture {
             &path("data"),
             "--run",
             &path("run"),
+            "--volume-root",
+            &path("pods"),
+            "--log-root",
+            &path("logs"),
             "--mkfs-ext4",
             "/bin/true",
             "--scratch-mib",
@@ -330,6 +367,9 @@ impl Fixture {
         .config;
         config.socket_gid = 0;
         config.unpack_uid = 0;
+        for root in ["pods", "logs"] {
+            std::fs::create_dir(directory.path().join(root)).unwrap();
+        }
         store_image(&directory.path().join("data/images"));
         let mut fixture = Self { host: FakeHost::default(), config, directory, app: None };
         fixture.start().await;
@@ -343,6 +383,11 @@ impl Fixture {
     pub async fn restart(&mut self) {
         self.app.take().unwrap().stop().await;
         self.start().await;
+    }
+
+    /// Where mounts of containers may lie.
+    pub fn pods(&self) -> PathBuf {
+        self.directory.path().join("pods")
     }
 
     pub async fn client(&self) -> Client {

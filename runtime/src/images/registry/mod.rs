@@ -36,6 +36,8 @@ pub struct Registry {
     repository: String,
     base: String,
     auth: Option<Auth>,
+    /// They came with the request, not from the settings.
+    auth_is_the_pods: bool,
     connectors: tls::Connectors,
     patience: Patience,
     authorization: Mutex<Option<HeaderValue>>,
@@ -62,6 +64,7 @@ impl Registry {
             repository: reference.path().to_owned(),
             base,
             connectors: tls::Connectors::new(settings, reference, system_ca),
+            auth_is_the_pods: auth.is_some(),
             auth: auth.or(configured),
             patience,
             authorization: Mutex::default(),
@@ -79,6 +82,12 @@ impl Registry {
     pub async fn blob(&self, digest: &super::Digest, from: u64) -> Result<Response<Body>, ImageError> {
         let path = format!("/v2/{}/blobs/{digest}", self.repository);
         self.get(&path, None, from, &format!("blob {digest}")).await
+    }
+
+    /// Whether what was read took credentials that not every pod has.
+    pub fn took_credentials(&self) -> bool {
+        let asked = self.authorization.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+        self.auth_is_the_pods && asked
     }
 
     /// An error that names this registry.
