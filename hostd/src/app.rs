@@ -111,6 +111,7 @@ async fn prepare_storage(
         let tell = |text: &str, within| {
             notifier.status(text);
             notifier.takes_longer(within + STORAGE_MARGIN);
+            told.send_modify(|status| text.clone_into(&mut status.storage));
         };
         match prepare::prepare(options, tell).await {
             Ok(storage) => {

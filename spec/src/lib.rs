@@ -5,6 +5,7 @@
 //! runtime, VMM and guest. Invariant: no I/O, no async, no kernel types; every module is pure.
 
 pub mod control;
+pub mod disk;
 pub mod guest;
 pub mod ids;
 pub mod machine;
