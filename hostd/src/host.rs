@@ -13,7 +13,7 @@ use crate::plan::Step;
 use crate::plan::network::{awaits_lease, host_addresses, link_addresses};
 use crate::publish::{self, Facts, Publication};
 use crate::status::{Area, LinkStatus, Status};
-use crate::{boot_reason, console, metrics};
+use crate::{boot_reason, console, crash_log, metrics};
 use atoll_spec::control::ServiceStatus;
 use atoll_spec::machine::domain::Machine;
 use atoll_spec::node::AgentStatus;
@@ -79,6 +79,7 @@ impl Host {
     pub fn new(options: Options, mut status: Status, links: Links, asked: Asked) -> Self {
         let sources = options.config_sources();
         status.boot_reason = boot_reason::read(&options.state);
+        note_crash(&options, &mut status);
         let mut host = Self {
             deadline: Instant::now() + Duration::from_secs(options.network_deadline),
             machine_id: read_line(&options.run.join("machine-id")).unwrap_or_default(),
@@ -373,6 +374,28 @@ fn too_little_space(all: u64, free: u64) -> String {
         "DATA is nearly full ({percent} % free): images cannot be pulled and pods that write to disk fail; delete pods \
          that are not needed, or give the machine a larger disk"
     )
+}
+
+/// A kernel crash explains the boot better than that the machine went down by itself.
+fn note_crash(options: &Options, status: &mut Status) {
+    match crash_log::save(&options.sys.join("fs/pstore"), &options.state.join("crashes")) {
+        Ok(None) => {}
+        Ok(Some(crash)) => {
+            let what =
+                if crash.ended { "the last boot ended in a kernel crash" } else { "the kernel had an error" };
+            let place = if status.persistent { "STATE" } else { "memory, until the machine is switched off" };
+            let log = crash.log.strip_prefix(&options.state).unwrap_or(&crash.log);
+            console::say(&[format!("{what}: {}; its log is in {} on {place}", crash.words, log.display())]);
+            if crash.ended {
+                status.boot_reason =
+                    format!("after a kernel crash: {} (log: {} on {place})", crash.words, log.display());
+            }
+        }
+        Err(error) => tracing::warn!(
+            "what the kernel said before it crashed is not saved and stays in the firmware: {}",
+            chain(&error)
+        ),
+    }
 }
 
 fn read_line(path: &Path) -> Option<String> {

@@ -12,6 +12,7 @@ pub mod bus;
 pub mod clock;
 pub mod config;
 pub mod console;
+pub mod crash_log;
 pub mod dhcp;
 pub mod error;
 pub mod fetch;
