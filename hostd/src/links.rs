@@ -1,6 +1,7 @@
 //! Owns the network of the host: observes, plans, applies, and keeps a DHCP client on each link that wants one.
 
-use crate::dhcp::{client, packet::Lease};
+use crate::dhcp::client::{self, News};
+use crate::dhcp::packet::Lease;
 use crate::error::{Context, Result, chain};
 use crate::plan::network::{self as plan, Desired, LeaseState, Link, Step};
 use crate::{apply, observe};
@@ -26,6 +27,8 @@ pub struct Links {
     sys: PathBuf,
     clients: BTreeMap<u32, JoinHandle<()>>,
     leases: BTreeMap<u32, (LeaseState, Option<Instant>)>,
+    /// What to tell of links whose server gave an address that somebody has.
+    taken: BTreeMap<u32, String>,
     /// How often each link had got a peer at the last look. Counted by the kernel: a look may miss a short absence.
     plugged: BTreeMap<u32, u32>,
     changes: mpsc::Sender<client::Change>,
@@ -63,6 +66,7 @@ impl Links {
             sys,
             clients: BTreeMap::new(),
             leases: BTreeMap::new(),
+            taken: BTreeMap::new(),
             plugged: BTreeMap::new(),
             changes,
         })
@@ -90,7 +94,7 @@ impl Links {
         self.restart_replugged(&links);
         let desired = plan::desired(machine, &links, &self.lease_states());
         let clients: Vec<u32> = self.clients.keys().copied().collect();
-        let mut problems = Vec::new();
+        let mut problems: Vec<String> = self.taken.values().cloned().collect();
         for step in plan::plan(&desired, &links, &clients) {
             tracing::info!("{step}");
             match &step {
@@ -104,6 +108,7 @@ impl Links {
                 }
                 Step::StopDhcp(link) => {
                     self.leases.remove(&link.index);
+                    self.taken.remove(&link.index);
                     if let Some(client) = self.clients.remove(&link.index) {
                         client.abort();
                     }
@@ -144,8 +149,13 @@ impl Links {
 
     /// Takes in what a DHCP client reported.
     pub fn leased(&mut self, change: client::Change) {
-        let state = match change.lease {
-            Some((lease, end)) => {
+        let state = match change.news {
+            News::Taken(text) => {
+                tracing::warn!("{text}");
+                self.taken.insert(change.link, text);
+                return;
+            }
+            News::Held(lease, end) => {
                 if !matches!(self.leases.get(&change.link), Some((LeaseState::Held(old, _), _)) if *old == lease)
                 {
                     let seconds = lease.seconds.map_or("ever".into(), |s| format!("{s} s"));
@@ -153,11 +163,12 @@ impl Links {
                 }
                 (LeaseState::Held(lease, None), end)
             }
-            None => {
+            News::Lost => {
                 tracing::warn!("DHCP lease lost");
                 (LeaseState::Lost, None)
             }
         };
+        self.taken.remove(&change.link);
         self.leases.insert(change.link, state);
     }
 

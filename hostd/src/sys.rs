@@ -11,11 +11,11 @@ fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
-fn link_address(index: u32, destination: [u8; 6]) -> libc::sockaddr_ll {
+fn link_address(index: u32, protocol: libc::c_int, destination: [u8; 6]) -> libc::sockaddr_ll {
     // SAFETY: `sockaddr_ll` is plain data for which all zeros is a valid value.
     let mut address: libc::sockaddr_ll = unsafe { zeroed() };
     address.sll_family = libc::AF_PACKET as u16;
-    address.sll_protocol = (libc::ETH_P_IP as u16).to_be();
+    address.sll_protocol = (protocol as u16).to_be();
     address.sll_ifindex = index as i32;
     address.sll_halen = 6;
     address.sll_addr[..6].copy_from_slice(&destination);
@@ -53,17 +53,42 @@ pub fn packet_socket(link: u32, port: u16) -> io::Result<OwnedFd> {
             size_of::<libc::sock_fprog>() as u32,
         )
     })?;
-    let address = link_address(link, [0; 6]);
+    bind_to_link(&socket, link, libc::ETH_P_IP)?;
+    Ok(socket)
+}
+
+/// A socket that sees the ARP packets that arrive on one link. Non-blocking.
+pub fn arp_socket(link: u32) -> io::Result<OwnedFd> {
+    let kind = libc::SOCK_DGRAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: no pointers are passed. Protocol 0: nothing is received before `bind` says what.
+    let raw = check(unsafe { libc::socket(libc::AF_PACKET, kind, 0) })?;
+    // SAFETY: `raw` was just made and belongs to nobody else.
+    let socket = unsafe { OwnedFd::from_raw_fd(raw) };
+    bind_to_link(&socket, link, libc::ETH_P_ARP)?;
+    Ok(socket)
+}
+
+fn bind_to_link(socket: &OwnedFd, link: u32, protocol: libc::c_int) -> io::Result<()> {
+    let address = link_address(link, protocol, [0; 6]);
     // SAFETY: `address` is a whole `sockaddr_ll` and its size is given.
     check(unsafe {
         libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size_of::<libc::sockaddr_ll>() as u32)
-    })?;
-    Ok(socket)
+    })
+    .map(drop)
 }
 
 /// Sends an IPv4 packet to everyone on a link.
 pub fn send_broadcast(socket: BorrowedFd<'_>, link: u32, packet: &[u8]) -> io::Result<()> {
-    let address = link_address(link, [0xff; 6]);
+    send_to_all(socket, link, libc::ETH_P_IP, packet)
+}
+
+/// Sends an ARP packet to everyone on a link.
+pub fn send_arp(socket: BorrowedFd<'_>, link: u32, packet: &[u8]) -> io::Result<()> {
+    send_to_all(socket, link, libc::ETH_P_ARP, packet)
+}
+
+fn send_to_all(socket: BorrowedFd<'_>, link: u32, protocol: libc::c_int, packet: &[u8]) -> io::Result<()> {
+    let address = link_address(link, protocol, [0xff; 6]);
     // SAFETY: both pointers are to live values whose sizes are given.
     let sent = unsafe {
         libc::sendto(

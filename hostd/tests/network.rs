@@ -116,6 +116,28 @@ fn a_host_with_dhcp_and_time_gets_ready_and_renews() {
 }
 
 #[test]
+fn an_address_that_somebody_has_is_declined_told_and_asked_for_again() {
+    let mut lab = Lab::new();
+    // The servers' end answers for an address of any of its links; the DHCP server does not look at this one.
+    lab.outside(&["ip", "addr", "add", "10.9.0.50/32", "dev", "lo"]);
+    lab.dnsmasq(&["--dhcp-range=10.9.0.50,10.9.0.50,255.255.255.0,2m", "--no-ping"]);
+    let _hostd = lab.hostd(&[]);
+    let link = lab.outside(&["ip", "-brief", "link", "show", "dev", "srv0"]);
+    let mac = link.split_whitespace().nth(2).unwrap();
+    lab.expect(&format!("gave the address 10.9.0.50, which {mac} has already: declined"), 20);
+    let declined = std::time::Instant::now();
+    wait_for("the server's word of it", 5, || lab.read("dnsmasq.log").contains("DHCPDECLINE").then_some(()));
+    assert!(!lab.host(&["ip", "addr", "show", "dev", "eth0"]).contains("10.9.0.50"));
+    lab.outside(&["ip", "addr", "del", "10.9.0.50/32", "dev", "lo"]);
+    lab.expect("DHCP lease of 10.9.0.50/24", 30);
+    assert!(declined.elapsed().as_secs() >= 9, "a server is not flooded: {:?}", declined.elapsed());
+    wait_for("the address", 10, || {
+        lab.host(&["ip", "addr", "show", "dev", "eth0"]).contains("10.9.0.50/24").then_some(())
+    });
+    lab.expect("atoll:   address   10.9.0.50", 20);
+}
+
+#[test]
 fn a_static_host_needs_no_dhcp_and_a_changed_config_replaces_what_was() {
     let mut lab = Lab::new();
     lab.role("time");
