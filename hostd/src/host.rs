@@ -12,6 +12,7 @@ use crate::options::Options;
 use crate::plan::Step;
 use crate::plan::network::{awaits_lease, host_addresses, link_addresses};
 use crate::publish::{self, Facts, Publication};
+use crate::routers::Names;
 use crate::status::{Area, LinkStatus, Status};
 use crate::{boot_reason, console, crash_log, metrics};
 use atoll_spec::control::ServiceStatus;
@@ -32,6 +33,8 @@ pub enum Event {
     Wake,
     /// A lease came or went.
     Lease(Change),
+    /// IPv6 routers said something else than before.
+    Heard(Names),
     /// The clock was set, or could not be.
     Clock(Clock),
     /// Why no name server answers; `None` when one does.
@@ -106,6 +109,7 @@ impl Host {
         match event {
             Event::Wake => {}
             Event::Lease(change) => self.links.leased(change),
+            Event::Heard(names) => self.links.heard(names),
             Event::Clock(clock) => {
                 if clock != self.status.clock
                     && let Clock::Unreachable(why) = &clock
@@ -192,8 +196,11 @@ impl Host {
         }
         let hostname = self.machine.hostname.clone().or_else(|| self.named_before.clone());
         self.view = self.links.reconcile(&self.machine, hostname.as_deref()).await;
-        self.status.set_problems(Area::Network, self.view.problems.clone());
         let mut leased = Leased::of(&self.links.held());
+        // Pods have no IPv6: where DHCP names servers, they are spared those that they cannot reach.
+        if leased.dns.is_empty() {
+            leased.dns.extend(self.links.router_names());
+        }
         self.keep_resolver(&mut leased);
         self.note_links(&leased);
         let resolv_conf = publish::resolv_conf(&self.machine, &leased.dns, &leased.domains);
@@ -201,6 +208,7 @@ impl Host {
         self.note_time_servers(&leased);
         self.note_name_servers();
         let addresses = host_addresses(&self.view.desired, &self.view.links);
+        self.note_network(&addresses);
         let was_ready = self.status.ready;
         if !was_ready && (late || self.settled(&addresses)) {
             self.say_what_is_missing(&addresses);
@@ -238,6 +246,8 @@ impl Host {
         let seconds = self.options.network_deadline;
         if addresses.is_empty() {
             console::say(&[format!("no address after {seconds} s: going on without, still trying")]);
+        } else if self.status.dns.is_empty() {
+            console::say(&[format!("no name server is known, by DHCP or from an IPv6 router: {BY_HAND}")]);
         }
         match &self.status.clock {
             Clock::Synchronised { .. } => {}
@@ -282,6 +292,14 @@ impl Host {
         let routes = self.view.desired.iter().flat_map(|d| &d.routes);
         self.status.gateways = routes.filter(|r| r.to.prefix_len() == 0).filter_map(|r| r.via).collect();
         self.status.dns = publish::name_servers(&self.machine, &leased.dns);
+    }
+
+    /// What IPv6 routers want matters only to a host that lacks what they would give.
+    fn note_network(&mut self, addresses: &[IpAddr]) {
+        let lacks = addresses.is_empty() || self.status.dns.is_empty();
+        let notes = self.links.router_notes().filter(|_| lacks).map(|note| format!("{note}: {BY_HAND}"));
+        let problems: Vec<String> = self.view.problems.iter().cloned().chain(notes).collect();
+        self.status.set_problems(Area::Network, problems);
     }
 
     fn note_time_servers(&mut self, leased: &Leased) {
@@ -355,6 +373,9 @@ impl Host {
         Publication::new(&self.machine, facts).write(&self.options.run)
     }
 }
+
+const BY_HAND: &str =
+    "give an address in 'network.links' and name servers in 'network.dns.servers' of machine.yaml";
 
 /// What the console says while the clock cannot be right.
 const WRONG_CLOCK: &str = "the clock says a time before 2025 and no time server has set it, so no certificate counts as \

@@ -138,6 +138,76 @@ fn an_address_that_somebody_has_is_declined_told_and_asked_for_again() {
 }
 
 #[test]
+fn a_link_with_ipv6_routers_alone_gets_an_address_and_name_servers_and_is_told_what_it_lacks() {
+    let mut lab = Lab::new();
+    lab.outside(&["ip", "addr", "add", "fd00:9::1/64", "dev", "srv0", "nodad"]);
+    lab.dnsmasq(&[
+        "--dhcp-range=fd00:9::,ra-only,64,10m",
+        "--enable-ra",
+        "--dhcp-option=option6:dns-server,[fd00:9::53]",
+    ]);
+    let _hostd = lab.hostd(&["--network-deadline", "8"]);
+    lab.expect("name servers by IPv6 routers: fd00:9::53", 20);
+    wait_for("the resolver's file", 10, || {
+        lab.read("run/net/resolv.conf").contains("nameserver fd00:9::53").then_some(())
+    });
+    wait_for("the agent's config", 20, || lab.path("run/agent/config.json").exists().then_some(()));
+    let addresses = lab.agent_config().addresses;
+    assert!(addresses.iter().any(|ip| ip.to_string().starts_with("fd00:9::")), "{addresses:?}");
+    lab.expect("no time server is configured, nor named by DHCP", 10);
+    assert!(!lab.read("hostd.log").contains("no name server is known"), "{}", lab.read("hostd.log"));
+}
+
+#[test]
+fn name_servers_of_dhcp_are_used_instead_of_those_of_ipv6_routers() {
+    let mut lab = Lab::new();
+    lab.outside(&["ip", "addr", "add", "fd00:9::1/64", "dev", "srv0", "nodad"]);
+    lab.dnsmasq(&[
+        "--dhcp-range=10.9.0.50,10.9.0.60,255.255.255.0,2m",
+        "--dhcp-option=option:dns-server,10.9.0.53",
+        "--dhcp-range=fd00:9::,ra-only,64,10m",
+        "--enable-ra",
+        "--dhcp-option=option6:dns-server,[fd00:9::53]",
+    ]);
+    let _hostd = lab.hostd(&["--network-deadline", "5"]);
+    lab.expect("name servers by IPv6 routers: fd00:9::53", 20);
+    lab.expect("DHCP lease of ", 20);
+    wait_for("the resolver's file", 10, || {
+        let text = lab.read("run/net/resolv.conf");
+        (text.contains("nameserver 10.9.0.53") && !text.contains("fd00")).then_some(())
+    });
+}
+
+#[test]
+fn an_ipv6_router_that_wants_dhcpv6_is_told_of() {
+    let mut lab = Lab::new();
+    lab.outside(&["ip", "addr", "add", "fd00:9::1/64", "dev", "srv0", "nodad"]);
+    lab.dnsmasq(&[
+        "--dhcp-range=fd00:9::10,fd00:9::20,64,10m",
+        "--enable-ra",
+        "--dhcp-option=option6:dns-server",
+    ]);
+    let _hostd = lab.hostd(&["--network-deadline", "5"]);
+    lab.expect("! the IPv6 router on eth0 gives addresses by DHCPv6, which is not spoken", 20);
+    lab.expect("still trying", 20);
+}
+
+#[test]
+fn a_kernel_crash_is_told_at_the_next_boot() {
+    let lab = Lab::new();
+    let pstore = lab.path("sys/fs/pstore");
+    std::fs::create_dir_all(&pstore).unwrap();
+    let text = "Panic#1 Part1\n<0>[   61.5] Kernel panic - not syncing: Fatal exception\n";
+    std::fs::write(pstore.join("dmesg-efi_pstore-170000000001001"), text).unwrap();
+    let _hostd = lab.hostd(&["--network-deadline", "1"]);
+    lab.expect("the last boot ended in a kernel crash: Kernel panic - not syncing: Fatal exception; its log is in crashes/", 20);
+    lab.expect("atoll:   booted    after a kernel crash: Kernel panic", 20);
+    assert_eq!(std::fs::read_dir(&pstore).unwrap().count(), 0, "the firmware's memory is free again");
+    let kept: Vec<_> = std::fs::read_dir(lab.path("state/crashes")).unwrap().flatten().collect();
+    assert!(kept.len() == 1 && std::fs::read_to_string(kept[0].path()).unwrap().contains(text));
+}
+
+#[test]
 fn a_static_host_needs_no_dhcp_and_a_changed_config_replaces_what_was() {
     let mut lab = Lab::new();
     lab.role("time");
