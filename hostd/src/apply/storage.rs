@@ -209,14 +209,13 @@ mod tests {
         OpenOptions::new().write(true).open(path).unwrap().write_all_at(bytes, at).unwrap();
     }
 
-    #[test]
-    fn a_primary_table_that_is_gone_is_restored_from_the_backup() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("disk");
+    /// A disk with one partition, whose primary table is not there.
+    fn disk_with_a_backup(path: &Path) {
         let last = 4095u64;
-        fs::File::create(&path).unwrap().set_len((last + 1) * 512).unwrap();
+        fs::File::create(path).unwrap().set_len((last + 1) * 512).unwrap();
         let mut entries = vec![0; 128 * 128];
-        entries[..32].fill(1);
+        entries[..16].fill(1);
+        entries[16..32].copy_from_slice(&atoll_spec::disk::of_the_image([1; 16]));
         entries[32..40].copy_from_slice(&2048u64.to_le_bytes());
         entries[40..48].copy_from_slice(&4000u64.to_le_bytes());
         let mut header =
@@ -227,13 +226,41 @@ mod tests {
         header.extend(crc32fast::hash(&entries).to_le_bytes());
         let sum = crc32fast::hash(&header);
         header[16..20].copy_from_slice(&sum.to_le_bytes());
-        overwrite(&path, (last - 32) * 512, &entries);
-        overwrite(&path, last * 512, &header);
+        overwrite(path, (last - 32) * 512, &entries);
+        overwrite(path, last * 512, &header);
+    }
+
+    #[test]
+    fn a_primary_table_that_is_gone_is_restored_from_the_backup() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk");
+        disk_with_a_backup(&path);
         let found = read_table(&path).unwrap();
         assert_eq!((found.source(), found.entries()[0].last), (Source::Backup, 4000));
         restore_table(&path).unwrap();
         let restored = read_table(&path).unwrap();
         assert_eq!((restored.source(), restored.entries()), (Source::Primary, found.entries()));
+    }
+
+    #[test]
+    fn ids_are_written_down_before_they_are_given() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk");
+        disk_with_a_backup(&path);
+        let old = read_table(&path).unwrap().entries()[0].uuid.clone();
+        let before = fs::read(&path).unwrap();
+        give_own_ids(&path, &directory.path().join("missing/changed-ids")).unwrap_err();
+        assert!(fs::read(&path).unwrap() == before, "not one byte is changed");
+        let changed = directory.path().join("changed-ids");
+        give_own_ids(&path, &changed).unwrap();
+        let table = read_table(&path).unwrap();
+        assert!(!table.has_ids_of_the_image() && table.source() == Source::Primary);
+        let new = &table.entries()[0].uuid;
+        assert_ne!(&old, new);
+        assert_eq!(fs::read_to_string(&changed).unwrap(), format!("{old} {new}\n"));
+        disk_with_a_backup(&path);
+        give_own_ids(&path, &changed).unwrap();
+        assert_ne!(&read_table(&path).unwrap().entries()[0].uuid, new, "no two disks get the same");
     }
 
     #[tokio::test]

@@ -170,9 +170,9 @@ fn boot_partition(variable: &Path) -> Option<String> {
 /// so it counts only when some partition has it.
 fn id_now(uuid: String, changed: &str, disks: &[Disk]) -> String {
     let changed = changed.lines().filter_map(|line| line.split_once(' '));
-    let now = changed.filter(|(old, _)| *old == uuid).map(|(_, now)| now.to_owned());
+    let mut now = changed.filter(|(old, _)| *old == uuid).map(|(_, now)| now.to_owned());
     let has = |id: &String| disks.iter().flat_map(|d| &d.partitions).any(|p| p.uuid.as_ref() == Some(id));
-    now.filter(has).next_back().unwrap_or(uuid)
+    now.rfind(has).unwrap_or(uuid)
 }
 
 /// Where something is mounted, and what. A line: `22 1 0:20 / /state rw,noatime - ext4 /dev/vda3 rw`.
