@@ -10,5 +10,6 @@ pub mod guest;
 pub mod ids;
 pub mod machine;
 pub mod node;
+pub mod places;
 pub mod units;
 pub mod vm;

@@ -339,8 +339,9 @@ fn timer(stream: &TcpStream) -> Option<(u32, u64)> {
         let SocketAddr::V4(v4) = address else { panic!("{address}") };
         format!("{:08X}:{:04X}", u32::from_ne_bytes(v4.ip().octets()), v4.port())
     };
-    let (theirs, mine) = (hex(stream.peer_addr().unwrap()), hex(stream.local_addr().unwrap()));
-    let table = std::fs::read_to_string("/proc/self/net/tcp").unwrap();
+    let (theirs, mine) =
+        (hex(stream.peer_addr().expect("a peer")), hex(stream.local_addr().expect("an end")));
+    let table = std::fs::read_to_string("/proc/self/net/tcp").expect("the kernel's table");
     let v6 = std::fs::read_to_string("/proc/self/net/tcp6").unwrap_or_default();
     table.lines().chain(v6.lines()).find_map(|line| {
         let words: Vec<&str> = line.split_whitespace().collect();

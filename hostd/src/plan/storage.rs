@@ -3,11 +3,10 @@
 //! Invariant: nothing is formatted unless its first megabyte is nothing but zeros, as flashing leaves it, and only a
 //! partition that carries our label on the disk the host booted from is touched at all.
 
+use atoll_spec::places::AGENT_UID;
 use std::fmt;
 use std::path::PathBuf;
 
-/// The user the agent runs as.
-pub const AGENT_UID: u32 = 800;
 /// Space behind DATA that is worth growing into, in bytes.
 const WORTH_GROWING: u64 = 4 << 20;
 

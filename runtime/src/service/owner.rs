@@ -272,7 +272,7 @@ impl Owner {
     pub(super) fn save(&self, id: &SandboxId) {
         let Some(sandbox) = self.sandboxes.get(id) else { return };
         let containers = self.containers.values().filter(|c| c.sandbox == *id);
-        if let Err(error) = recover::save(&self.shared.config.sandboxes(), sandbox, containers) {
+        if let Err(error) = recover::save(&self.shared.config, sandbox, containers) {
             tracing::error!(sandbox = %id, %error, "cannot write the sandbox's state: a restart would not find it");
         }
     }
