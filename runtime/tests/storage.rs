@@ -43,7 +43,7 @@ fn holds(directory: &std::path::Path, what: &str) -> bool {
     std::fs::read_dir(directory).into_iter().flatten().flatten().any(|entry| match entry.file_type() {
         Ok(kind) if kind.is_dir() => holds(&entry.path(), what),
         Ok(kind) if kind.is_file() => {
-            String::from_utf8_lossy(&std::fs::read(entry.path()).unwrap()).contains(what)
+            String::from_utf8_lossy(&std::fs::read(entry.path()).expect("a file")).contains(what)
         }
         _ => false,
     })
