@@ -120,7 +120,11 @@ async fn live(
     report.step(JoinState::Joined);
     tracing::info!("node {} of {}", config.borrow().node_name, identity.server);
     let joined = Arc::clone(&config.borrow());
-    for (what, path) in [("directory of pods", &options.pods), ("directory of logs", &options.logs)] {
+    for (what, path) in [
+        ("directory of pods", &options.pods),
+        ("directory of volumes", &options.volumes),
+        ("directory of logs", &options.logs),
+    ] {
         std::fs::create_dir_all(path).map_err(|source| Error::Write { what, path: path.clone(), source })?;
     }
     let capacity = Arc::new(node::measure::capacity(&options.logs, joined.max_pods)?);

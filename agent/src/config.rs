@@ -4,6 +4,7 @@
 
 use crate::error::{Error, Result, chain};
 use atoll_spec::node::AgentConfig;
+use atoll_spec::places;
 use futures_util::StreamExt as _;
 use inotify::{Inotify, WatchMask};
 use std::net::SocketAddr;
@@ -27,9 +28,12 @@ pub struct Options {
     /// Keys, certificates and kubeconfig of this node
     #[arg(long, default_value = "/state/agent", value_name = "DIR")]
     pub state: PathBuf,
-    /// Volumes, hosts files and termination logs of pods
-    #[arg(long, default_value = "/data/pods", value_name = "DIR")]
+    /// Hosts files and termination logs of pods
+    #[arg(long, default_value = places::PODS, value_name = "DIR")]
     pub pods: PathBuf,
+    /// Volumes of pods whose content comes from the API server; to be in memory
+    #[arg(long, default_value = places::VOLUMES, value_name = "DIR")]
+    pub volumes: PathBuf,
     /// Logs of containers
     #[arg(long, default_value = "/data/log/pods", value_name = "DIR")]
     pub logs: PathBuf,

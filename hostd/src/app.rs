@@ -8,7 +8,7 @@
 use crate::clock::{self, Authority};
 use crate::error::{Result, chain};
 use crate::host::{Asked, Event, Host};
-use crate::links::Links;
+use crate::links::{Links, Senders};
 use crate::notify::Notifier;
 use crate::options::{ClockMode, Options};
 use crate::status::{Area, Status};
@@ -34,9 +34,8 @@ pub async fn dry_run(options: &Options) -> Result<()> {
     let loaded = config::load_local(&options.config_sources());
     println!("config: {}", loaded.origin);
     loaded.problems.iter().for_each(|problem| println!("  ! {problem}"));
-    let (changes, _) = mpsc::channel(1);
-    let (wake, _) = mpsc::channel(1);
-    let steps = Links::open(options.sys.clone(), changes, wake)?.plan(&loaded.machine).await?;
+    let senders = Senders { leases: mpsc::channel(1).0, names: mpsc::channel(1).0, wake: mpsc::channel(1).0 };
+    let steps = Links::open(options.sys.clone(), senders)?.plan(&loaded.machine).await?;
     println!("network:");
     steps.iter().for_each(|step| println!("  {step}"));
     Ok(())
@@ -65,11 +64,12 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> Result<()>
     notifier.status("setting up the network");
     let (sender, mut events) = mpsc::channel(64);
     let asked = spawn_watchers(&options, &sender, &mut tasks);
-    let links = Links::open(
-        options.sys.clone(),
-        forward(&mut tasks, &sender, Event::Lease),
-        forward(&mut tasks, &sender, |()| Event::Wake),
-    )?;
+    let senders = Senders {
+        leases: forward(&mut tasks, &sender, Event::Lease),
+        names: forward(&mut tasks, &sender, Event::Heard),
+        wake: forward(&mut tasks, &sender, |()| Event::Wake),
+    };
+    let links = Links::open(options.sys.clone(), senders)?;
     let mut host = Host::new(options, status, links, asked);
     host.refresh(&told, &notifier).await;
     loop {
@@ -111,6 +111,7 @@ async fn prepare_storage(
         let tell = |text: &str, within| {
             notifier.status(text);
             notifier.takes_longer(within + STORAGE_MARGIN);
+            told.send_modify(|status| text.clone_into(&mut status.storage));
         };
         match prepare::prepare(options, tell).await {
             Ok(storage) => {

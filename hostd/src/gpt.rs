@@ -1,8 +1,11 @@
-//! The GUID partition table, as far as hostd needs it: find partitions, make the last one reach the disk's end. ◇
+//! The GUID partition table, as far as hostd needs it: find partitions, make the last one reach the disk's end, give a
+//! flashed disk ids of its own. ◇
 //!
 //! Pure: bytes in, bytes out. `apply/storage.rs` reads and writes the disk. The writes come in an order that a power
 //! cut cannot spoil: first the backup at the disk's end, then the primary. A primary that is not whole, as a cut between
 //! its two writes leaves it, is made anew from the backup.
+
+use atoll_spec::disk::{self, Guid};
 
 /// What is wrong with a table.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -76,6 +79,15 @@ pub struct Table {
     header: Vec<u8>,
     entries: Vec<u8>,
     entry_size: usize,
+}
+
+/// What gives a disk ids of its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// Offset and content of each write, to be done in this order.
+    pub writes: Vec<(u64, Vec<u8>)>,
+    /// The partitions' ids until now, and from then on.
+    pub ids: Vec<(String, String)>,
 }
 
 /// Bytes to write, in this order.
@@ -205,10 +217,7 @@ impl Table {
             return Err(GptError::NotLast(number));
         }
         let sector = self.sector as u64;
-        let table_sectors = (self.entries.len() as u64).div_ceil(sector);
-        let disk_sectors = disk_bytes / sector;
-        // Header in the last sector, its entries before it.
-        let last_usable = disk_sectors.checked_sub(table_sectors + 2).ok_or(GptError::DiskTooSmall)?;
+        let last_usable = self.last_usable(disk_bytes)?;
         if entry.first > last_usable || entry.last < entry.first {
             return Err(GptError::DiskTooSmall);
         }
@@ -219,19 +228,65 @@ impl Table {
         }
         let mut bytes = self.entries.clone();
         put(&mut bytes, (number as usize - 1) * self.entry_size + 40, &new_last.to_le_bytes());
-        let backup_entries_at = last_usable + 1;
-        let primary = self.header_for(&bytes, 1, disk_sectors - 1, 2, last_usable);
-        let backup = self.header_for(&bytes, disk_sectors - 1, 1, backup_entries_at, last_usable);
         Ok(Some(Growth {
-            writes: vec![
-                (backup_entries_at * sector, bytes.clone()),
-                ((disk_sectors - 1) * sector, backup),
-                (2 * sector, bytes),
-                (sector, primary),
-            ],
+            writes: self.both(bytes, disk_bytes / sector, last_usable),
             start: entry.first * sector,
             length: (new_last + 1 - entry.first) * sector,
         }))
+    }
+
+    /// Whether any of its ids is one that all disks have which were flashed with the same image.
+    pub fn has_ids_of_the_image(&self) -> bool {
+        let used = self.entries.chunks_exact(self.entry_size).filter(|bytes| bytes[..16] != [0; 16]);
+        let mut all = used.map(|bytes| guid(bytes, 16)).chain([guid(&self.header, 56)]);
+        all.any(|id| disk::is_of_the_image(&id))
+    }
+
+    /// What to write so that disk and partitions have ids that no other disk has, in place of those of the image. Others,
+    /// which somebody chose, stay. `random` gives random bytes.
+    pub fn with_own_ids(
+        &self,
+        disk_bytes: u64,
+        mut random: impl FnMut() -> Guid,
+    ) -> Result<Identity, GptError> {
+        let last_usable = self.last_usable(disk_bytes)?;
+        if self.entries().iter().any(|entry| entry.last > last_usable) {
+            return Err(GptError::DiskTooSmall);
+        }
+        let mut own = |bytes: &mut [u8], at: usize| {
+            if disk::is_of_the_image(&guid(bytes, at)) {
+                put(bytes, at, &disk::own(random()));
+            }
+        };
+        let mut table = self.clone();
+        own(&mut table.header, 56);
+        let used = table.entries.chunks_exact_mut(self.entry_size).filter(|bytes| bytes[..16] != [0; 16]);
+        used.for_each(|bytes| own(bytes, 16));
+        let uuids = |table: &Self| table.entries().into_iter().map(|entry| entry.uuid).collect::<Vec<_>>();
+        let ids = uuids(self).into_iter().zip(uuids(&table)).collect();
+        let writes = table.both(table.entries.clone(), disk_bytes / self.sector as u64, last_usable);
+        Ok(Identity { writes, ids })
+    }
+
+    /// The last sector that partitions may use: the backup's header is in the disk's last, its entries before it.
+    fn last_usable(&self, disk_bytes: u64) -> Result<u64, GptError> {
+        let sector = self.sector as u64;
+        let table_sectors = (self.entries.len() as u64).div_ceil(sector);
+        (disk_bytes / sector).checked_sub(table_sectors + 2).ok_or(GptError::DiskTooSmall)
+    }
+
+    /// The writes of both tables: first the backup at the disk's end, then the primary.
+    fn both(&self, entries: Vec<u8>, disk_sectors: u64, last_usable: u64) -> Vec<(u64, Vec<u8>)> {
+        let sector = self.sector as u64;
+        let backup_entries_at = last_usable + 1;
+        let primary = self.header_for(&entries, 1, disk_sectors - 1, 2, last_usable);
+        let backup = self.header_for(&entries, disk_sectors - 1, 1, backup_entries_at, last_usable);
+        vec![
+            (backup_entries_at * sector, entries.clone()),
+            ((disk_sectors - 1) * sector, backup),
+            (2 * sector, entries),
+            (sector, primary),
+        ]
     }
 
     fn header_for(&self, entries: &[u8], own: u64, other: u64, entries_at: u64, last_usable: u64) -> Vec<u8> {
@@ -253,6 +308,12 @@ fn header_checksum(header: &[u8]) -> u32 {
     let mut copy = header[..size].to_vec();
     put(&mut copy, 16, &[0; 4]);
     crc32fast::hash(&copy)
+}
+
+fn guid(bytes: &[u8], at: usize) -> Guid {
+    let mut id = [0; 16];
+    id.copy_from_slice(&bytes[at..at + 16]);
+    id
 }
 
 fn uuid_text(b: &[u8]) -> String {
@@ -330,10 +391,70 @@ mod tests {
         assert_eq!(table.grow(2, (8192 + 33) * 512), Ok(None));
     }
 
-    fn write_all(bytes: &mut [u8], growth: &Growth, count: usize) {
-        for (at, content) in growth.writes.iter().take(count) {
+    fn write_all(bytes: &mut [u8], writes: &[(u64, Vec<u8>)], count: usize) {
+        for (at, content) in writes.iter().take(count) {
             put(bytes, *at as usize, content);
         }
+    }
+
+    /// A flashed disk, larger than its image or not: its backup is where the image ended.
+    fn flashed(image_sectors: u64, sectors: u64) -> Vec<u8> {
+        let mut bytes =
+            disk(image_sectors, &[(2048, 4095, "ESP"), (4096, 8191, "DATA"), (8192, 8200, "own")]);
+        for (n, at) in [512 + 56, 1024 + 16, 1024 + 128 + 16].into_iter().enumerate() {
+            put(&mut bytes, at, &disk::of_the_image([n as u8 + 1; 16]));
+        }
+        let crc = crc32fast::hash(&bytes[1024..1024 + 128 * 128]);
+        put(&mut bytes, 512 + 88, &crc.to_le_bytes());
+        let crc = header_checksum(&bytes[512..1024]);
+        put(&mut bytes, 512 + 16, &crc.to_le_bytes());
+        bytes.resize(sectors as usize * 512, 0);
+        bytes
+    }
+
+    #[test]
+    fn a_flashed_disk_gets_ids_of_its_own_and_keeps_everything_else() {
+        for sectors in [12_288, 16_384] {
+            let bytes = flashed(12_288, sectors);
+            let before = parse(&bytes, sectors * 512).unwrap();
+            assert!(before.has_ids_of_the_image());
+            let mut seed = 0;
+            let identity = before
+                .with_own_ids(sectors * 512, || {
+                    seed += 1;
+                    [0x40 + seed; 16]
+                })
+                .unwrap();
+            assert_eq!(identity.ids.len(), 3);
+            // A power cut after any of the writes leaves the old ids or the new ones, and every partition.
+            for count in 0..=4 {
+                let mut cut = bytes.clone();
+                write_all(&mut cut, &identity.writes, count);
+                let found = parse(&cut, sectors * 512).unwrap();
+                for (entry, (old, new)) in found.entries().iter().zip(&identity.ids) {
+                    assert_eq!(&entry.uuid, if count < 3 { old } else { new }, "{count} writes");
+                }
+                let place = |table: &Table| {
+                    table.entries().into_iter().map(|e| (e.first, e.last, e.label)).collect::<Vec<_>>()
+                };
+                assert_eq!(place(&found), place(&before), "{count} writes");
+                write_all(&mut cut, &found.restore(), 2);
+                let restored = parse(&cut, sectors * 512).unwrap();
+                assert_eq!((restored.source(), restored.entries()), (Source::Primary, found.entries()));
+                assert_eq!(
+                    restored.has_ids_of_the_image(),
+                    count < 3,
+                    "{count} writes: it is done until it is done"
+                );
+            }
+            let mut done = bytes.clone();
+            write_all(&mut done, &identity.writes, 4);
+            assert_ne!(done[512 + 56..512 + 72], bytes[512 + 56..512 + 72], "the disk's own id");
+            assert_eq!(identity.ids[2].0, identity.ids[2].1, "one that somebody chose");
+            assert!(identity.ids[..2].iter().all(|(old, new)| old != new && new.as_bytes()[14] == b'4'));
+        }
+        let cut_short = parse(&flashed(12_288, 12_288), 8100 * 512).unwrap();
+        assert_eq!(cut_short.with_own_ids(8100 * 512, || [1; 16]), Err(GptError::DiskTooSmall));
     }
 
     proptest! {
@@ -365,7 +486,7 @@ mod tests {
             bytes.resize(sectors as usize * 512, 0);
             let before = parse(&bytes, sectors * 512).unwrap();
             let growth = before.grow(2, sectors * 512).unwrap().unwrap();
-            write_all(&mut bytes, &growth, 4);
+            write_all(&mut bytes, &growth.writes, 4);
             let after = parse(&bytes, sectors * 512).unwrap();
             let (old, new) = (before.entries(), after.entries());
             prop_assert_eq!(&old[0], &new[0]);
@@ -382,7 +503,7 @@ mod tests {
             for count in 0..=4 {
                 let mut cut = disk(12_288, &[(2048, 4095, "ESP"), (4096, 8191, "DATA")]);
                 cut.resize(sectors as usize * 512, 0);
-                write_all(&mut cut, &growth, count);
+                write_all(&mut cut, &growth.writes, count);
                 let found = parse(&cut, sectors * 512).unwrap();
                 prop_assert_eq!(&found.entries(), if count < 3 { &old } else { &new }, "{} writes", count);
                 let source = if count == 3 { Source::Backup } else { Source::Primary };
@@ -394,7 +515,7 @@ mod tests {
                 }
                 let restored = parse(&cut, sectors * 512).unwrap();
                 prop_assert_eq!(restored.source(), Source::Primary);
-                if let Some(growth) = restored.grow(2, sectors * 512).unwrap() { write_all(&mut cut, &growth, 4); }
+                if let Some(growth) = restored.grow(2, sectors * 512).unwrap() { write_all(&mut cut, &growth.writes, 4); }
                 prop_assert_eq!(&cut, &bytes);
             }
         }
@@ -405,7 +526,7 @@ mod tests {
             let mut bytes = disk(12_288, &[(2048, 4095, "ESP"), (4096, 8191, "DATA")]);
             bytes.resize(sectors as usize * 512, 0);
             let growth = parse(&bytes, sectors * 512).unwrap().grow(2, sectors * 512).unwrap().unwrap();
-            write_all(&mut bytes, &growth, 3);
+            write_all(&mut bytes, &growth.writes, 3);
             let header = bytes.len() - 512;
             let byte = if at < 92 { header + at } else { header - 16_384 + at - 92 };
             bytes[byte] ^= 1 << bit;

@@ -12,8 +12,9 @@ use crate::options::Options;
 use crate::plan::Step;
 use crate::plan::network::{awaits_lease, host_addresses, link_addresses};
 use crate::publish::{self, Facts, Publication};
+use crate::routers::Names;
 use crate::status::{Area, LinkStatus, Status};
-use crate::{boot_reason, console, metrics};
+use crate::{boot_reason, console, crash_log, metrics};
 use atoll_spec::control::ServiceStatus;
 use atoll_spec::machine::domain::Machine;
 use atoll_spec::node::AgentStatus;
@@ -32,6 +33,8 @@ pub enum Event {
     Wake,
     /// A lease came or went.
     Lease(Change),
+    /// IPv6 routers said something else than before.
+    Heard(Names),
     /// The clock was set, or could not be.
     Clock(Clock),
     /// Why no name server answers; `None` when one does.
@@ -79,6 +82,7 @@ impl Host {
     pub fn new(options: Options, mut status: Status, links: Links, asked: Asked) -> Self {
         let sources = options.config_sources();
         status.boot_reason = boot_reason::read(&options.state);
+        note_crash(&options, &mut status);
         let mut host = Self {
             deadline: Instant::now() + Duration::from_secs(options.network_deadline),
             machine_id: read_line(&options.run.join("machine-id")).unwrap_or_default(),
@@ -105,6 +109,7 @@ impl Host {
         match event {
             Event::Wake => {}
             Event::Lease(change) => self.links.leased(change),
+            Event::Heard(names) => self.links.heard(names),
             Event::Clock(clock) => {
                 if clock != self.status.clock
                     && let Clock::Unreachable(why) = &clock
@@ -191,8 +196,11 @@ impl Host {
         }
         let hostname = self.machine.hostname.clone().or_else(|| self.named_before.clone());
         self.view = self.links.reconcile(&self.machine, hostname.as_deref()).await;
-        self.status.set_problems(Area::Network, self.view.problems.clone());
         let mut leased = Leased::of(&self.links.held());
+        // Pods have no IPv6: where DHCP names servers, they are spared those that they cannot reach.
+        if leased.dns.is_empty() {
+            leased.dns.extend(self.links.router_names());
+        }
         self.keep_resolver(&mut leased);
         self.note_links(&leased);
         let resolv_conf = publish::resolv_conf(&self.machine, &leased.dns, &leased.domains);
@@ -200,6 +208,7 @@ impl Host {
         self.note_time_servers(&leased);
         self.note_name_servers();
         let addresses = host_addresses(&self.view.desired, &self.view.links);
+        self.note_network(&addresses);
         let was_ready = self.status.ready;
         if !was_ready && (late || self.settled(&addresses)) {
             self.say_what_is_missing(&addresses);
@@ -237,6 +246,8 @@ impl Host {
         let seconds = self.options.network_deadline;
         if addresses.is_empty() {
             console::say(&[format!("no address after {seconds} s: going on without, still trying")]);
+        } else if self.status.dns.is_empty() {
+            console::say(&[format!("no name server is known, by DHCP or from an IPv6 router: {BY_HAND}")]);
         }
         match &self.status.clock {
             Clock::Synchronised { .. } => {}
@@ -281,6 +292,14 @@ impl Host {
         let routes = self.view.desired.iter().flat_map(|d| &d.routes);
         self.status.gateways = routes.filter(|r| r.to.prefix_len() == 0).filter_map(|r| r.via).collect();
         self.status.dns = publish::name_servers(&self.machine, &leased.dns);
+    }
+
+    /// What IPv6 routers want matters only to a host that lacks what they would give.
+    fn note_network(&mut self, addresses: &[IpAddr]) {
+        let lacks = addresses.is_empty() || self.status.dns.is_empty();
+        let notes = self.links.router_notes().filter(|_| lacks).map(|note| format!("{note}: {BY_HAND}"));
+        let problems: Vec<String> = self.view.problems.iter().cloned().chain(notes).collect();
+        self.status.set_problems(Area::Network, problems);
     }
 
     fn note_time_servers(&mut self, leased: &Leased) {
@@ -355,6 +374,9 @@ impl Host {
     }
 }
 
+const BY_HAND: &str =
+    "give an address in 'network.links' and name servers in 'network.dns.servers' of machine.yaml";
+
 /// What the console says while the clock cannot be right.
 const WRONG_CLOCK: &str = "the clock says a time before 2025 and no time server has set it, so no certificate counts as \
     valid and joining fails: give 'time.servers' in machine.yaml, or set the clock in the firmware";
@@ -373,6 +395,28 @@ fn too_little_space(all: u64, free: u64) -> String {
         "DATA is nearly full ({percent} % free): images cannot be pulled and pods that write to disk fail; delete pods \
          that are not needed, or give the machine a larger disk"
     )
+}
+
+/// A kernel crash explains the boot better than that the machine went down by itself.
+fn note_crash(options: &Options, status: &mut Status) {
+    match crash_log::save(&options.sys.join("fs/pstore"), &options.state.join("crashes")) {
+        Ok(None) => {}
+        Ok(Some(crash)) => {
+            let what =
+                if crash.ended { "the last boot ended in a kernel crash" } else { "the kernel had an error" };
+            let place = if status.persistent { "STATE" } else { "memory, until the machine is switched off" };
+            let log = crash.log.strip_prefix(&options.state).unwrap_or(&crash.log);
+            console::say(&[format!("{what}: {}; its log is in {} on {place}", crash.words, log.display())]);
+            if crash.ended {
+                status.boot_reason =
+                    format!("after a kernel crash: {} (log: {} on {place})", crash.words, log.display());
+            }
+        }
+        Err(error) => tracing::warn!(
+            "what the kernel said before it crashed is not saved and stays in the firmware: {}",
+            chain(&error)
+        ),
+    }
 }
 
 fn read_line(path: &Path) -> Option<String> {

@@ -4,6 +4,7 @@
 //! steps (pure), `apply` does them, `status` says how it went. `host` owns all state in one task; links, leases,
 //! clock, agent and init report to it as events.
 
+pub mod advert;
 pub mod agent_status;
 pub mod app;
 pub mod apply;
@@ -12,6 +13,7 @@ pub mod bus;
 pub mod clock;
 pub mod config;
 pub mod console;
+pub mod crash_log;
 pub mod dhcp;
 pub mod error;
 pub mod fetch;
@@ -27,6 +29,7 @@ pub mod options;
 pub mod plan;
 pub mod prepare;
 pub mod publish;
+pub mod routers;
 pub mod screen;
 pub mod sntp;
 pub mod status;

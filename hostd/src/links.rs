@@ -1,8 +1,11 @@
-//! Owns the network of the host: observes, plans, applies, and keeps a DHCP client on each link that wants one.
+//! Owns the network of the host: observes, plans, applies, keeps a DHCP client on each link that wants one, and listens
+//! to the IPv6 routers of each.
 
-use crate::dhcp::{client, packet::Lease};
+use crate::dhcp::client::{self, News};
+use crate::dhcp::packet::Lease;
 use crate::error::{Context, Result, chain};
 use crate::plan::network::{self as plan, Desired, LeaseState, Link, Step};
+use crate::routers::{self, Names};
 use crate::{apply, observe};
 use atoll_spec::machine::domain::Machine;
 use futures_util::StreamExt;
@@ -26,9 +29,26 @@ pub struct Links {
     sys: PathBuf,
     clients: BTreeMap<u32, JoinHandle<()>>,
     leases: BTreeMap<u32, (LeaseState, Option<Instant>)>,
+    /// What to tell of links whose server gave an address that somebody has.
+    taken: BTreeMap<u32, String>,
+    /// Who listens to IPv6 routers.
+    listeners: BTreeMap<u32, JoinHandle<()>>,
+    /// What those say.
+    names: BTreeMap<u32, Names>,
     /// How often each link had got a peer at the last look. Counted by the kernel: a look may miss a short absence.
     plugged: BTreeMap<u32, u32>,
-    changes: mpsc::Sender<client::Change>,
+    senders: Senders,
+}
+
+/// Where the tasks of links tell what changes.
+#[derive(Clone)]
+pub struct Senders {
+    /// Each change of a lease.
+    pub leases: mpsc::Sender<client::Change>,
+    /// Each change of what IPv6 routers say.
+    pub names: mpsc::Sender<Names>,
+    /// Each change of a link or an address.
+    pub wake: mpsc::Sender<()>,
 }
 
 /// How the network is after a look.
@@ -43,9 +63,10 @@ pub struct View {
 }
 
 impl Links {
-    /// Opens netlink. Each change of a link or an address sends on `wake`; each change of a lease on `changes`.
-    pub fn open(sys: PathBuf, changes: mpsc::Sender<client::Change>, wake: mpsc::Sender<()>) -> Result<Self> {
-        let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr];
+    /// Opens netlink.
+    pub fn open(sys: PathBuf, senders: Senders) -> Result<Self> {
+        let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
+        let wake = senders.wake.clone();
         let opened = rtnetlink::new_multicast_connection(&groups);
         let (connection, netlink, mut messages) = opened.context("open", "netlink")?;
         tokio::spawn(connection);
@@ -63,8 +84,11 @@ impl Links {
             sys,
             clients: BTreeMap::new(),
             leases: BTreeMap::new(),
+            taken: BTreeMap::new(),
+            listeners: BTreeMap::new(),
+            names: BTreeMap::new(),
             plugged: BTreeMap::new(),
-            changes,
+            senders,
         })
     }
 
@@ -90,7 +114,7 @@ impl Links {
         self.restart_replugged(&links);
         let desired = plan::desired(machine, &links, &self.lease_states());
         let clients: Vec<u32> = self.clients.keys().copied().collect();
-        let mut problems = Vec::new();
+        let mut problems: Vec<String> = self.taken.values().cloned().collect();
         for step in plan::plan(&desired, &links, &clients) {
             tracing::info!("{step}");
             match &step {
@@ -104,6 +128,7 @@ impl Links {
                 }
                 Step::StopDhcp(link) => {
                     self.leases.remove(&link.index);
+                    self.taken.remove(&link.index);
                     if let Some(client) = self.clients.remove(&link.index) {
                         client.abort();
                     }
@@ -115,7 +140,40 @@ impl Links {
                 }
             }
         }
+        self.listen(&desired, &links);
         Ok(View { desired, links, problems })
+    }
+
+    /// Listens to the routers of each link that a rule selects and that has a peer.
+    fn listen(&mut self, desired: &[Desired], links: &[Link]) {
+        let card =
+            |want: &&Desired| links.iter().any(|l| l.index == want.index && l.carrier && l.mac.is_some());
+        let wanted: Vec<&Desired> = desired.iter().filter(card).collect();
+        let gone = |link: &u32| !wanted.iter().any(|want| want.index == *link);
+        for link in self.listeners.keys().copied().filter(gone).collect::<Vec<_>>() {
+            self.forget_routers(link);
+        }
+        self.listeners.retain(|_, task| !task.is_finished());
+        for want in wanted {
+            let (index, name) = (want.index, want.name.clone());
+            let names = &self.senders.names;
+            self.listeners.entry(index).or_insert_with(|| {
+                let running = routers::run(index, name.clone(), names.clone());
+                tokio::spawn(async move {
+                    if let Err(error) = running.await {
+                        tracing::warn!(link = name, "IPv6 routers are not heard: {}", chain(&error));
+                    }
+                })
+            });
+        }
+    }
+
+    /// What they said is of a network that may not be there any more.
+    fn forget_routers(&mut self, link: u32) {
+        self.names.remove(&link);
+        if let Some(task) = self.listeners.remove(&link) {
+            task.abort();
+        }
     }
 
     /// A link that got a peer may be in another network now: its client begins anew, at once. What it had stays until
@@ -123,17 +181,18 @@ impl Links {
     fn restart_replugged(&mut self, links: &[Link]) {
         let plugged = links.iter().filter(|l| l.carrier).map(|l| (l.index, l.plugged));
         let now: BTreeMap<u32, u32> = plugged.collect();
-        for (link, _) in now.iter().filter(|(link, count)| self.plugged.get(link) != Some(count)) {
+        let before = std::mem::replace(&mut self.plugged, now.clone());
+        for (link, _) in now.iter().filter(|(link, count)| before.get(link) != Some(count)) {
             if let Some(client) = self.clients.remove(link) {
                 client.abort();
             }
+            self.forget_routers(*link);
         }
-        self.plugged = now;
     }
 
     fn start(&mut self, link: client::Link, hostname: Option<&str>) {
         let (index, name) = (link.index, link.name.clone());
-        let running = client::run(link, hostname.map(str::to_owned), self.changes.clone());
+        let running = client::run(link, hostname.map(str::to_owned), self.senders.leases.clone());
         let client = tokio::spawn(async move {
             if let Err(error) = running.await {
                 tracing::warn!(link = name, "DHCP stopped and is started again: {}", chain(&error));
@@ -144,8 +203,13 @@ impl Links {
 
     /// Takes in what a DHCP client reported.
     pub fn leased(&mut self, change: client::Change) {
-        let state = match change.lease {
-            Some((lease, end)) => {
+        let state = match change.news {
+            News::Taken(text) => {
+                tracing::warn!("{text}");
+                self.taken.insert(change.link, text);
+                return;
+            }
+            News::Held(lease, end) => {
                 if !matches!(self.leases.get(&change.link), Some((LeaseState::Held(old, _), _)) if *old == lease)
                 {
                     let seconds = lease.seconds.map_or("ever".into(), |s| format!("{s} s"));
@@ -153,12 +217,33 @@ impl Links {
                 }
                 (LeaseState::Held(lease, None), end)
             }
-            None => {
+            News::Lost => {
                 tracing::warn!("DHCP lease lost");
                 (LeaseState::Lost, None)
             }
         };
+        self.taken.remove(&change.link);
         self.leases.insert(change.link, state);
+    }
+
+    /// Takes in what the routers of a link say.
+    pub fn heard(&mut self, names: Names) {
+        let servers: Vec<String> = names.servers.iter().map(ToString::to_string).collect();
+        tracing::info!(
+            "name servers by IPv6 routers: {}",
+            if servers.is_empty() { "none".into() } else { servers.join(", ") }
+        );
+        self.names.insert(names.link, names);
+    }
+
+    /// The name servers that IPv6 routers name.
+    pub fn router_names(&self) -> impl Iterator<Item = IpAddr> {
+        self.names.values().flat_map(|names| &names.servers).map(|ip| IpAddr::V6(*ip))
+    }
+
+    /// What IPv6 routers want that is not done.
+    pub fn router_notes(&self) -> impl Iterator<Item = &String> {
+        self.names.values().filter_map(|names| names.note.as_ref())
     }
 
     fn lease_states(&self) -> BTreeMap<u32, LeaseState> {
@@ -187,11 +272,10 @@ impl Links {
         self.clients.keys().any(|link| !self.leases.contains_key(link))
     }
 
-    /// Ends the DHCP clients. Addresses stay: pods that are being stopped still need them.
+    /// Ends what runs on links. Addresses stay: pods that are being stopped still need them.
     pub fn stop(&mut self) {
-        for client in std::mem::take(&mut self.clients).into_values() {
-            client.abort();
-        }
+        let tasks = [std::mem::take(&mut self.clients), std::mem::take(&mut self.listeners)];
+        tasks.into_iter().flat_map(BTreeMap::into_values).for_each(|task| task.abort());
     }
 }
 

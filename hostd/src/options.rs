@@ -86,7 +86,12 @@ impl Options {
 
     /// Where storage belongs.
     pub fn storage_targets(&self) -> plan::storage::Targets {
-        plan::storage::Targets { esp: self.esp.clone(), state: self.state.clone(), data: self.data.clone() }
+        plan::storage::Targets {
+            esp: self.esp.clone(),
+            state: self.state.clone(),
+            data: self.data.clone(),
+            changed_ids: self.changed_ids(),
+        }
     }
 
     /// Where storage is looked for.
@@ -95,6 +100,12 @@ impl Options {
             sys: self.sys.clone(),
             dev: self.dev.clone(),
             mountinfo: "/proc/self/mountinfo".into(),
+            changed_ids: self.changed_ids(),
         }
+    }
+
+    /// In memory: at the next boot the firmware sees what is on the disk.
+    fn changed_ids(&self) -> PathBuf {
+        self.run.join("hostd/changed-ids")
     }
 }

@@ -55,31 +55,47 @@ async fn wait_for_disk(options: &Options) -> Result<Observed> {
 
 /// Plans and does it all; a step that fails ends it, because each needs those before it. Growing is not needed.
 /// `tell` is told what is being done and how long it may take, for that is minutes on a large disk.
-pub async fn prepare(options: &Options, tell: impl Fn(&str, Duration)) -> Result<Storage> {
+pub async fn prepare(options: &Options, tell: impl Fn(&str, Duration) + Sync) -> Result<Storage> {
     let (plan, summary) = plan_storage(options).await?;
     let mut notes = plan.notes;
     for step in &plan.steps {
-        match step {
-            Step::Directory { .. } => tracing::debug!("{step}"),
-            _ => {
-                tracing::info!("{step}");
-                tell(&step.to_string(), apply::storage::within(step));
-            }
-        }
-        match (apply::storage::apply(step).await, step) {
+        match (do_step(step, &tell).await, step) {
             (Ok(()), _) => {}
             // What was stored is there, only not more room for it.
-            (Err(error), Step::GrowFilesystem { .. } | Step::GrowPartition { .. }) => {
-                notes.push(format!("{step} failed, the space behind it is not used: {}", chain(&error)));
+            (Err(error), Step::GrowPartition { .. }) => notes.push(not_grown(step, &error)),
+            // It may have been stopped half way: what it left is not mounted unseen.
+            (Err(error), Step::GrowFilesystem { device }) => {
+                notes.push(not_grown(step, &error));
+                do_step(&Step::Check { device: device.clone(), whole: true }, &tell).await?;
             }
-            // It is as it was: the backup counts, and it is tried again at the next boot.
-            (Err(error), Step::RestoreTable { .. }) => {
+            // It is as it was, or the backup counts, and it is tried again at the next boot.
+            (Err(error), Step::RestoreTable { .. } | Step::OwnIds { .. }) => {
                 notes.push(format!("{step} failed: {}", chain(&error)))
             }
             (Err(error), _) => return Err(error),
         }
     }
     Ok(Storage { summary, persistent: plan.persistent, notes })
+}
+
+/// Does a step, and tells it; when it takes long, also how far it is, which the console shows at a bound rate.
+async fn do_step(step: &Step, tell: &(impl Fn(&str, Duration) + Sync)) -> Result<()> {
+    if matches!(step, Step::Directory { .. }) {
+        tracing::debug!("{step}");
+        return apply::storage::apply(step, &|_| {}).await;
+    }
+    let within = apply::storage::within(step);
+    tracing::info!("{step}");
+    tell(&step.to_string(), within);
+    let how_far = |text: &str| {
+        tracing::info!("{step}: {text}; do not switch the machine off");
+        tell(&format!("{step}: {text}"), within);
+    };
+    apply::storage::apply(step, &how_far).await
+}
+
+fn not_grown(step: &Step, error: &Error) -> String {
+    format!("{step} failed, the space behind it is not used: {}", chain(error))
 }
 
 fn size(bytes: u64) -> String {

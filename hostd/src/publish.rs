@@ -6,9 +6,9 @@
 use crate::clock;
 use crate::error::Result;
 use crate::files::{self, Durability};
-use crate::plan::storage::AGENT_UID;
 use atoll_spec::machine::domain::Machine;
 use atoll_spec::node::{AgentConfig, JoinConfig, RegistriesConfig, RegistryConfig};
+use atoll_spec::places::AGENT_UID;
 use std::net::IpAddr;
 use std::path::Path;
 

@@ -11,27 +11,25 @@ fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
-fn link_address(index: u32, destination: [u8; 6]) -> libc::sockaddr_ll {
+fn link_address(index: u32, protocol: libc::c_int, destination: [u8; 6]) -> libc::sockaddr_ll {
     // SAFETY: `sockaddr_ll` is plain data for which all zeros is a valid value.
     let mut address: libc::sockaddr_ll = unsafe { zeroed() };
     address.sll_family = libc::AF_PACKET as u16;
-    address.sll_protocol = (libc::ETH_P_IP as u16).to_be();
+    address.sll_protocol = (protocol as u16).to_be();
     address.sll_ifindex = index as i32;
     address.sll_halen = 6;
     address.sll_addr[..6].copy_from_slice(&destination);
     address
 }
 
+fn op(code: u32, jt: u8, jf: u8, k: u32) -> libc::sock_filter {
+    libc::sock_filter { code: code as u16, jt, jf, k }
+}
+
 /// A socket that sees the IPv4/UDP packets to `port` that arrive on one link, also before it has an address.
 /// Non-blocking. Packets begin at the IP header.
 pub fn packet_socket(link: u32, port: u16) -> io::Result<OwnedFd> {
-    let kind = libc::SOCK_DGRAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-    // SAFETY: no pointers are passed. Protocol 0: nothing is received before the filter is in place and `bind` says so.
-    let raw = check(unsafe { libc::socket(libc::AF_PACKET, kind, 0) })?;
-    // SAFETY: `raw` was just made and belongs to nobody else.
-    let socket = unsafe { OwnedFd::from_raw_fd(raw) };
-    let op = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter { code: code as u16, jt, jf, k };
-    let mut program = [
+    let program = [
         op(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, 9), // protocol
         op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 6, 17),
         op(libc::BPF_LD | libc::BPF_H | libc::BPF_ABS, 0, 0, 6), // fragment offset
@@ -42,7 +40,38 @@ pub fn packet_socket(link: u32, port: u16) -> io::Result<OwnedFd> {
         op(libc::BPF_RET | libc::BPF_K, 0, 0, 0xffff),
         op(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
     ];
-    let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    filtered_socket(link, libc::ETH_P_IP, program)
+}
+
+/// A socket that sees the ARP packets that arrive on one link. Non-blocking.
+pub fn arp_socket(link: u32) -> io::Result<OwnedFd> {
+    filtered_socket(link, libc::ETH_P_ARP, [op(libc::BPF_RET | libc::BPF_K, 0, 0, 0xffff)])
+}
+
+/// A socket that sees what IPv6 routers advertise on one link. Non-blocking. Packets begin at the IP header.
+pub fn advert_socket(link: u32) -> io::Result<OwnedFd> {
+    let program = [
+        op(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, 6), // next header: ICMPv6
+        op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 3, 58),
+        op(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, 40), // its type
+        op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, 134),
+        op(libc::BPF_RET | libc::BPF_K, 0, 0, 0xffff),
+        op(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
+    ];
+    filtered_socket(link, libc::ETH_P_IPV6, program)
+}
+
+fn filtered_socket<const N: usize>(
+    link: u32,
+    protocol: libc::c_int,
+    mut program: [libc::sock_filter; N],
+) -> io::Result<OwnedFd> {
+    let kind = libc::SOCK_DGRAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: no pointers are passed. Protocol 0: nothing is received before the filter is in place and `bind` says so.
+    let raw = check(unsafe { libc::socket(libc::AF_PACKET, kind, 0) })?;
+    // SAFETY: `raw` was just made and belongs to nobody else.
+    let socket = unsafe { OwnedFd::from_raw_fd(raw) };
+    let filter = libc::sock_fprog { len: N as u16, filter: program.as_mut_ptr() };
     // SAFETY: `filter` points to `program`, which outlives the call; the kernel copies it.
     check(unsafe {
         libc::setsockopt(
@@ -53,17 +82,35 @@ pub fn packet_socket(link: u32, port: u16) -> io::Result<OwnedFd> {
             size_of::<libc::sock_fprog>() as u32,
         )
     })?;
-    let address = link_address(link, [0; 6]);
+    bind_to_link(&socket, link, protocol)?;
+    Ok(socket)
+}
+
+fn bind_to_link(socket: &OwnedFd, link: u32, protocol: libc::c_int) -> io::Result<()> {
+    let address = link_address(link, protocol, [0; 6]);
     // SAFETY: `address` is a whole `sockaddr_ll` and its size is given.
     check(unsafe {
         libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size_of::<libc::sockaddr_ll>() as u32)
-    })?;
-    Ok(socket)
+    })
+    .map(drop)
 }
 
 /// Sends an IPv4 packet to everyone on a link.
 pub fn send_broadcast(socket: BorrowedFd<'_>, link: u32, packet: &[u8]) -> io::Result<()> {
-    let address = link_address(link, [0xff; 6]);
+    send(socket, link_address(link, libc::ETH_P_IP, [0xff; 6]), packet)
+}
+
+/// Sends an ARP packet to everyone on a link.
+pub fn send_arp(socket: BorrowedFd<'_>, link: u32, packet: &[u8]) -> io::Result<()> {
+    send(socket, link_address(link, libc::ETH_P_ARP, [0xff; 6]), packet)
+}
+
+/// Sends an IPv6 packet to all routers on a link.
+pub fn send_to_routers(socket: BorrowedFd<'_>, link: u32, packet: &[u8]) -> io::Result<()> {
+    send(socket, link_address(link, libc::ETH_P_IPV6, [0x33, 0x33, 0, 0, 0, 2]), packet)
+}
+
+fn send(socket: BorrowedFd<'_>, address: libc::sockaddr_ll, packet: &[u8]) -> io::Result<()> {
     // SAFETY: both pointers are to live values whose sizes are given.
     let sent = unsafe {
         libc::sendto(

@@ -116,6 +116,98 @@ fn a_host_with_dhcp_and_time_gets_ready_and_renews() {
 }
 
 #[test]
+fn an_address_that_somebody_has_is_declined_told_and_asked_for_again() {
+    let mut lab = Lab::new();
+    // The servers' end answers for an address of any of its links; the DHCP server does not look at this one.
+    lab.outside(&["ip", "addr", "add", "10.9.0.50/32", "dev", "lo"]);
+    lab.dnsmasq(&["--dhcp-range=10.9.0.50,10.9.0.50,255.255.255.0,2m", "--no-ping"]);
+    let _hostd = lab.hostd(&[]);
+    let link = lab.outside(&["ip", "-brief", "link", "show", "dev", "srv0"]);
+    let mac = link.split_whitespace().nth(2).unwrap();
+    lab.expect(&format!("gave the address 10.9.0.50, which {mac} has already: declined"), 20);
+    let declined = std::time::Instant::now();
+    wait_for("the server's word of it", 5, || lab.read("dnsmasq.log").contains("DHCPDECLINE").then_some(()));
+    assert!(!lab.host(&["ip", "addr", "show", "dev", "eth0"]).contains("10.9.0.50"));
+    lab.outside(&["ip", "addr", "del", "10.9.0.50/32", "dev", "lo"]);
+    lab.expect("DHCP lease of 10.9.0.50/24", 30);
+    assert!(declined.elapsed().as_secs() >= 9, "a server is not flooded: {:?}", declined.elapsed());
+    wait_for("the address", 10, || {
+        lab.host(&["ip", "addr", "show", "dev", "eth0"]).contains("10.9.0.50/24").then_some(())
+    });
+    lab.expect("atoll:   address   10.9.0.50", 20);
+}
+
+#[test]
+fn a_link_with_ipv6_routers_alone_gets_an_address_and_name_servers_and_is_told_what_it_lacks() {
+    let mut lab = Lab::new();
+    lab.outside(&["ip", "addr", "add", "fd00:9::1/64", "dev", "srv0", "nodad"]);
+    lab.dnsmasq(&[
+        "--dhcp-range=fd00:9::,ra-only,64,10m",
+        "--enable-ra",
+        "--dhcp-option=option6:dns-server,[fd00:9::53]",
+    ]);
+    let _hostd = lab.hostd(&["--network-deadline", "8"]);
+    lab.expect("name servers by IPv6 routers: fd00:9::53", 20);
+    wait_for("the resolver's file", 10, || {
+        lab.read("run/net/resolv.conf").contains("nameserver fd00:9::53").then_some(())
+    });
+    wait_for("the agent's config", 20, || lab.path("run/agent/config.json").exists().then_some(()));
+    let addresses = lab.agent_config().addresses;
+    assert!(addresses.iter().any(|ip| ip.to_string().starts_with("fd00:9::")), "{addresses:?}");
+    lab.expect("no time server is configured, nor named by DHCP", 10);
+    assert!(!lab.read("hostd.log").contains("no name server is known"), "{}", lab.read("hostd.log"));
+}
+
+#[test]
+fn name_servers_of_dhcp_are_used_instead_of_those_of_ipv6_routers() {
+    let mut lab = Lab::new();
+    lab.outside(&["ip", "addr", "add", "fd00:9::1/64", "dev", "srv0", "nodad"]);
+    lab.dnsmasq(&[
+        "--dhcp-range=10.9.0.50,10.9.0.60,255.255.255.0,2m",
+        "--dhcp-option=option:dns-server,10.9.0.53",
+        "--dhcp-range=fd00:9::,ra-only,64,10m",
+        "--enable-ra",
+        "--dhcp-option=option6:dns-server,[fd00:9::53]",
+    ]);
+    let _hostd = lab.hostd(&["--network-deadline", "5"]);
+    lab.expect("name servers by IPv6 routers: fd00:9::53", 20);
+    lab.expect("DHCP lease of ", 20);
+    wait_for("the resolver's file", 10, || {
+        let text = lab.read("run/net/resolv.conf");
+        (text.contains("nameserver 10.9.0.53") && !text.contains("fd00")).then_some(())
+    });
+}
+
+#[test]
+fn an_ipv6_router_that_wants_dhcpv6_is_told_of() {
+    let mut lab = Lab::new();
+    lab.outside(&["ip", "addr", "add", "fd00:9::1/64", "dev", "srv0", "nodad"]);
+    lab.dnsmasq(&[
+        "--dhcp-range=fd00:9::10,fd00:9::20,64,10m",
+        "--enable-ra",
+        "--dhcp-option=option6:dns-server",
+    ]);
+    let _hostd = lab.hostd(&["--network-deadline", "5"]);
+    lab.expect("! the IPv6 router on eth0 gives addresses by DHCPv6, which is not spoken", 20);
+    lab.expect("still trying", 20);
+}
+
+#[test]
+fn a_kernel_crash_is_told_at_the_next_boot() {
+    let lab = Lab::new();
+    let pstore = lab.path("sys/fs/pstore");
+    std::fs::create_dir_all(&pstore).unwrap();
+    let text = "Panic#1 Part1\n<0>[   61.5] Kernel panic - not syncing: Fatal exception\n";
+    std::fs::write(pstore.join("dmesg-efi_pstore-170000000001001"), text).unwrap();
+    let _hostd = lab.hostd(&["--network-deadline", "1"]);
+    lab.expect("the last boot ended in a kernel crash: Kernel panic - not syncing: Fatal exception; its log is in crashes/", 20);
+    lab.expect("atoll:   booted    after a kernel crash: Kernel panic", 20);
+    assert_eq!(std::fs::read_dir(&pstore).unwrap().count(), 0, "the firmware's memory is free again");
+    let kept: Vec<_> = std::fs::read_dir(lab.path("state/crashes")).unwrap().flatten().collect();
+    assert!(kept.len() == 1 && std::fs::read_to_string(kept[0].path()).unwrap().contains(text));
+}
+
+#[test]
 fn a_static_host_needs_no_dhcp_and_a_changed_config_replaces_what_was() {
     let mut lab = Lab::new();
     lab.role("time");
@@ -272,7 +364,7 @@ fn signs_of_life_come_as_often_as_init_wants_and_end_when_it_hangs() {
     }
     assert!(began.elapsed() < std::time::Duration::from_secs(15), "{:?} for 10 of them", began.elapsed());
     hostd.signal(rustix::process::Signal::STOP);
-    notify.set_read_timeout(Some(std::time::Duration::from_secs(3))).unwrap();
+    notify.within(std::time::Duration::from_secs(3));
     while alive().is_ok() {}
     hostd.signal(rustix::process::Signal::CONT);
     alive().unwrap();

@@ -1,9 +1,12 @@
 //! `atoll-image config`: writes a machine config into the ESP of an image or of the disk it was copied to.
 //!
+//! A disk also gets ids of its own, an image does not: it may be flashed more than once.
+//!
 //! Invariant: nothing is written before the partition table has shown to be ours and the config to be right.
 
 use crate::error::{Error, Result};
 use crate::{esp, gpt};
+use atoll_spec::disk::Guid;
 use rustix::fs::OFlags;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
@@ -17,9 +20,10 @@ pub fn write(disk: &Path, config: &[u8]) -> Result<()> {
     atoll_spec::machine::document::parse(config)
         .map_err(|e| Error::input("machine config", format!("\n{e}")))?;
     let meta = std::fs::metadata(disk).map_err(Error::file("open", disk))?;
+    let is_disk = meta.file_type().is_block_device();
     let mut options = OpenOptions::new();
     options.read(true).write(true);
-    if meta.file_type().is_block_device() {
+    if is_disk {
         // A device that something mounted or uses cannot be opened exclusively.
         options.custom_flags(OFlags::EXCL.bits().cast_signed());
     }
@@ -27,7 +31,16 @@ pub fn write(disk: &Path, config: &[u8]) -> Result<()> {
     let partition = find_esp(&mut file, disk)?;
     let mut window = esp::Window::new(&mut file, partition.offset, partition.size);
     esp::write(&mut window, "machine.yaml", config)?;
+    if is_disk {
+        gpt::give_own_ids(&mut file, random).map_err(Error::file("give ids of its own to", disk))?;
+    }
     file.sync_all().map_err(Error::file("write", disk))
+}
+
+fn random() -> std::io::Result<Guid> {
+    let mut id = [0; 16];
+    rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())?;
+    Ok(id)
 }
 
 /// The ESP of a disk with our partitions.

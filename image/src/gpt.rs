@@ -4,8 +4,11 @@
 
 use crate::error::{Error, Result};
 use crate::layout::{Kind, Layout, SECTOR};
+use atoll_spec::disk::{self, Guid};
 use sha2::{Digest, Sha256};
+use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
 
 /// Entries of the table, as every GPT has.
 const ENTRIES: u64 = 128;
@@ -25,13 +28,11 @@ const fn guid(a: u32, b: u16, c: u16, d: u64) -> [u8; 16] {
     [a[0], a[1], a[2], a[3], b[0], b[1], c[0], c[1], d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7]]
 }
 
-/// The GUID that stands for a name; marked as version 8 (made by the vendor's rule).
-fn derived(name: &str) -> [u8; 16] {
+/// The GUID that stands for a name.
+fn derived(name: &str) -> Guid {
     let mut bytes = [0; 16];
     bytes.copy_from_slice(&Sha256::digest(format!("atoll {name}").as_bytes())[..16]);
-    bytes[7] = (bytes[7] & 0x0f) | 0x80;
-    bytes[8] = (bytes[8] & 0x3f) | 0x80;
-    bytes
+    disk::of_the_image(bytes)
 }
 
 /// Writes the protective MBR and both tables.
@@ -89,6 +90,52 @@ fn header(layout: &Layout, entries: &[u8], own: u64, other: u64, table: u64) -> 
     let sum = crc32fast::hash(&header[..HEADER]);
     header[16..20].copy_from_slice(&sum.to_le_bytes());
     header
+}
+
+/// Gives a disk and its partitions ids of their own where they have those of the image, so that two disks flashed with
+/// it can be told apart. Returns whether there were any. The table must have been read before. The backup comes first:
+/// whatever happens in between, one of the two tables is whole.
+pub fn give_own_ids(
+    disk: &mut File,
+    mut random: impl FnMut() -> std::io::Result<Guid>,
+) -> std::io::Result<bool> {
+    let mut entries = vec![0; ENTRIES as usize * ENTRY];
+    let (mut primary, mut backup) = ([0; SECTOR as usize], [0; SECTOR as usize]);
+    disk.read_exact_at(&mut primary, SECTOR)?;
+    disk.read_exact_at(&mut entries, u64_at(&primary, 72) * SECTOR)?;
+    let backup_at = u64_at(&primary, 32).saturating_mul(SECTOR);
+    disk.read_exact_at(&mut backup, backup_at)?;
+    let table_at = u64_at(&backup, 72).saturating_mul(SECTOR);
+    if &backup[..8] != b"EFI PART" || table_at.checked_add(entries.len() as u64) > Some(backup_at) {
+        return Err(std::io::Error::other("the backup of the partition table is damaged: flash it again"));
+    }
+    let mut own = |bytes: &mut [u8]| -> std::io::Result<bool> {
+        let mut id = [0; 16];
+        id.copy_from_slice(bytes);
+        let replaced = disk::is_of_the_image(&id);
+        if replaced {
+            bytes.copy_from_slice(&disk::own(random()?));
+        }
+        Ok(replaced)
+    };
+    let mut changed = own(&mut primary[56..72])?;
+    for entry in entries.chunks_exact_mut(ENTRY).filter(|e| e[..16] != [0; 16]) {
+        changed |= own(&mut entry[16..32])?;
+    }
+    backup[56..72].copy_from_slice(&primary[56..72]);
+    for header in [&mut primary, &mut backup] {
+        header[88..92].copy_from_slice(&crc32fast::hash(&entries).to_le_bytes());
+        header[16..20].fill(0);
+        let sum = crc32fast::hash(&header[..HEADER]);
+        header[16..20].copy_from_slice(&sum.to_le_bytes());
+    }
+    let primary_table = u64_at(&primary, 72) * SECTOR;
+    let writes: [(u64, &[u8]); 4] =
+        [(table_at, &entries), (backup_at, &backup), (primary_table, &entries), (SECTOR, &primary)];
+    for (at, bytes) in writes.into_iter().filter(|_| changed) {
+        disk.write_all_at(bytes, at).and_then(|()| disk.sync_all())?;
+    }
+    Ok(changed)
 }
 
 /// A partition as found on a disk.
@@ -177,6 +224,41 @@ mod tests {
         assert_eq!(&last[..8], b"EFI PART");
         assert_eq!(u64_at(last, 32), 1);
         assert_eq!(bytes[1024..1024 + 16384], bytes[bytes.len() - 512 - 16384..bytes.len() - 512]);
+    }
+
+    #[test]
+    fn a_flashed_disk_gets_ids_of_its_own_in_both_tables_once() {
+        let mut bytes = disk().into_inner();
+        let size = bytes.len();
+        // Larger than its image: the backup stays where the image ended.
+        bytes.resize(size + (1 << 20), 0);
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&bytes).unwrap();
+        let partitions = read(&mut file).unwrap();
+        let mut seed = 0;
+        let mut random = || {
+            seed += 1;
+            Ok([seed; 16])
+        };
+        assert!(give_own_ids(&mut file, &mut random).unwrap());
+        assert!(!give_own_ids(&mut file, &mut random).unwrap(), "it has them");
+        assert_eq!(read(&mut file).unwrap(), partitions, "and its partitions as before");
+        let mut now = vec![0; bytes.len()];
+        file.read_exact_at(&mut now, 0).unwrap();
+        let ids = |bytes: &[u8], header: usize, table: usize| {
+            let at = |at: usize| <Guid>::try_from(&bytes[at..at + 16]).unwrap();
+            [at(header + 56), at(table + 16), at(table + 144), at(table + 272)]
+        };
+        let (old, new) = (ids(&bytes, 512, 1024), ids(&now, 512, 1024));
+        assert!(old.iter().all(disk::is_of_the_image) && !new.iter().any(disk::is_of_the_image));
+        assert_eq!(ids(&now, size - 512, size - 512 - 16384), new, "the backup");
+        for header in [512, size - 512] {
+            let mut copy = now[header..header + HEADER].to_vec();
+            copy[16..20].fill(0);
+            assert_eq!(crc32fast::hash(&copy).to_le_bytes(), now[header + 16..header + 20]);
+        }
+        let differ = (0..bytes.len()).filter(|at| bytes[*at] != now[*at]).count();
+        assert!(differ <= 2 * (4 * 16 + 8), "{differ} bytes differ");
     }
 
     #[test]

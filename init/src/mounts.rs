@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::sys::Syscalls;
+use atoll_spec::places;
 use rustix::mount::MountFlags;
 
 /// One row of the table.
@@ -71,8 +72,18 @@ const REST: [Mount; 12] = [
     optional("fusectl", "/sys/fs/fuse/connections", "fusectl", DATA_ONLY),
 ];
 
+/// The last, for it lies in one of the directories: owned by the agent (800), whose memory it counts against, so it is
+/// smaller than the agent's limit. Each Secret and ConfigMap has at most 1 MiB.
+const VOLUMES: Mount = required(
+    "tmpfs",
+    places::VOLUMES,
+    "tmpfs",
+    DATA_ONLY,
+    "mode=0750,uid=800,gid=800,size=256m,nr_inodes=128k",
+);
+
 /// Directories that init makes under `/run` and `/var`: path, mode, owner (user and group).
-const DIRECTORIES: [(&str, u32, u32); 11] = [
+const DIRECTORIES: [(&str, u32, u32); 12] = [
     ("/run/lock", 0o755, 0),
     ("/run/atoll", 0o755, 0),
     ("/run/atoll/init", 0o755, 0),
@@ -80,7 +91,8 @@ const DIRECTORIES: [(&str, u32, u32); 11] = [
     ("/run/atoll/net", 0o755, 0),
     // 0755: the agent finds the CRI socket in it, which has its own mode.
     ("/run/atoll/runtime", 0o755, 0),
-    ("/run/atoll/agent", 0o700, 800),
+    ("/run/atoll/agent", 0o700, places::AGENT_UID),
+    (places::VOLUMES, 0o750, places::AGENT_UID),
     ("/var/lib", 0o755, 0),
     ("/var/log", 0o755, 0),
     ("/var/tmp", 0o1777, 0),
@@ -142,7 +154,8 @@ pub fn rest(sys: &dyn Syscalls) -> Result<()> {
     }
     DIRECTORIES.iter().try_for_each(|(path, mode, owner)| {
         sys.directory(path, *mode, *owner).map_err(Error::file("make", path))
-    })
+    })?;
+    mount_one(sys, &VOLUMES)
 }
 
 fn mount_one(sys: &dyn Syscalls, mount: &Mount) -> Result<()> {
@@ -154,4 +167,27 @@ fn mount_one(sys: &dyn Syscalls, mount: &Mount) -> Result<()> {
             source,
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::fake::Fake;
+
+    #[test]
+    fn volumes_are_in_memory_the_agents_and_fit_in_what_the_agent_may_use() {
+        let fake = Fake::default();
+        rest(&fake).unwrap();
+        let calls = fake.calls();
+        let at = |what: &str| calls.iter().position(|call| call.starts_with(what)).unwrap();
+        assert!(at("directory /run/atoll/volumes") < at("mount tmpfs /run/atoll/volumes tmpfs"), "{calls:?}");
+        let option = |name: &str| {
+            let found = VOLUMES.data.split(',').find_map(|option| option.strip_prefix(name));
+            found.and_then(|value| value.trim_end_matches('m').parse::<u64>().ok()).unwrap()
+        };
+        let agent = crate::services::table().into_iter().find(|service| service.name == "agent").unwrap();
+        // What is in it counts as the agent's memory.
+        assert!(option("size=") * 2 <= agent.limits.memory_max_mib);
+        assert_eq!([option("uid="), option("gid=")], [u64::from(places::AGENT_UID); 2]);
+    }
 }

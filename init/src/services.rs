@@ -4,6 +4,7 @@
 use crate::error::{Error, Result};
 use crate::process::{Confinement, User};
 use crate::sys::Syscalls;
+use atoll_spec::places::AGENT_UID;
 use serde::Deserialize;
 use std::time::Duration;
 
@@ -144,9 +145,10 @@ pub fn table() -> Vec<Service> {
             watchdog: Some(WATCHDOG),
             confinement: Confinement {
                 hidden: vec!["/esp".into()],
-                ..confinement(User { uid: 800, gid: 800, groups: vec![801] }, 0, 65536)
+                ..confinement(User { uid: AGENT_UID, gid: AGENT_UID, groups: vec![801] }, 0, 65536)
             },
-            limits: Limits { memory_min_mib: 64, memory_max_mib: 768, processes: 512 },
+            // 256 MiB of it for volumes in memory, see `mounts`.
+            limits: Limits { memory_min_mib: 64, memory_max_mib: 1024, processes: 512 },
         },
     ]
 }

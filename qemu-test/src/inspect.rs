@@ -5,6 +5,7 @@
 
 pub mod host;
 pub mod rules;
+pub mod search;
 
 use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
@@ -19,6 +20,8 @@ pub const PORT: u16 = 10352;
 pub const LINE_LIMIT: u64 = 4 << 20;
 /// Time to connect, and beyond what was asked for until the answer comes.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// The same for a search of all files of a disk.
+const SEARCH: Duration = Duration::from_secs(240);
 /// What belongs to nobody may still be on its way out for this long.
 const LEAVING: Duration = Duration::from_secs(60);
 
@@ -87,6 +90,13 @@ pub enum Request {
         /// The directory.
         directory: String,
     },
+    /// Files below a directory that hold a text, a path a line.
+    Holders {
+        /// The directory.
+        directory: String,
+        /// The text.
+        text: String,
+    },
     /// Fill DATA until this much is left; 0 frees what was filled.
     Fill {
         /// Bytes to leave.
@@ -101,7 +111,7 @@ pub enum Reply {
     Inventory(Box<Inventory>),
     /// Done; milliseconds of the host's monotonic clock.
     Done(u64),
-    /// To [`Request::Read`].
+    /// To [`Request::Read`] and [`Request::Holders`].
     Text(String),
     /// To [`Request::Sizes`]: bytes by name.
     Sizes(BTreeMap<String, u64>),
@@ -263,6 +273,18 @@ impl Inspector {
         match self.ask(&Request::Read { path: path.to_owned() }, PATIENCE)? {
             Reply::Text(text) => Ok(text),
             other => bail!("the inspector answered {other:?} to a read"),
+        }
+    }
+
+    /// The files below a directory of the host that hold a text, a path a line.
+    ///
+    /// # Errors
+    /// When one cannot be read.
+    pub fn holders(&self, directory: &str, text: &str) -> anyhow::Result<String> {
+        let request = Request::Holders { directory: directory.to_owned(), text: text.to_owned() };
+        match self.ask(&request, SEARCH)? {
+            Reply::Text(paths) => Ok(paths),
+            other => bail!("the inspector answered {other:?} to a search"),
         }
     }
 

@@ -3,6 +3,7 @@
 //! Called by `main` and by tests, which point everything into a temporary directory. Invariant: [`Config::check`]
 //! reports every bad value at once, before anything is started.
 
+use atoll_spec::places;
 use clap::Args;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -23,7 +24,7 @@ pub struct Config {
     #[arg(long, default_value = "/run/atoll/runtime")]
     pub run: PathBuf,
     /// Where mounts of containers may lie on the host; whoever owns it owns all that is in it.
-    #[arg(long = "volume-root", default_value = "/data/pods")]
+    #[arg(long = "volume-root", default_values = [places::PODS, places::VOLUMES])]
     pub volume_roots: Vec<PathBuf>,
     /// Where logs of containers may be written.
     #[arg(long = "log-root", default_value = "/data/log")]

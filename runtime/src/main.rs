@@ -18,6 +18,10 @@ struct Cli {
     config: Config,
 }
 
+/// Threads of the async runtime, and for what blocks. A server may have hundreds of processors, and all threads of the
+/// service count against its limit of processes, with the helpers that unpack layers.
+const THREADS: (usize, usize) = (8, 256);
+
 fn main() -> ExitCode {
     // The unpack helper is this very program, and must be one thread only.
     let arguments: Vec<String> = std::env::args().collect();
@@ -47,7 +51,13 @@ fn run(config: Config) -> anyhow::Result<()> {
         bail!("bad arguments: {}", problems.join("; "));
     }
     raise_descriptor_limit();
-    let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(workers(processors))
+        .max_blocking_threads(THREADS.1)
+        .enable_all()
+        .build()
+        .context("cannot start the async runtime")?;
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
@@ -68,5 +78,20 @@ fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
         tracing::warn!(%error, "cannot raise the limit of open files");
+    }
+}
+
+fn workers(processors: usize) -> usize {
+    processors.clamp(1, THREADS.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_are_bounded_however_many_processors_there_are() {
+        assert_eq!([1, 2, 8, 256].map(workers), [1, 2, 8, 8]);
+        assert!(workers(1024) + THREADS.1 < 4096 / 2, "the service's limit of processes, in init's table");
     }
 }

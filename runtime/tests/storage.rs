@@ -37,3 +37,53 @@ async fn a_pod_with_limited_storage_gets_a_disk_of_its_size_and_its_volumes_are_
     let error = client.sandbox_with(refused).await.unwrap_err();
     assert_eq!(error.code(), Code::InvalidArgument, "{error}");
 }
+
+/// Whether a file below this directory has these bytes in it.
+fn holds(directory: &std::path::Path, what: &str) -> bool {
+    std::fs::read_dir(directory).into_iter().flatten().flatten().any(|entry| match entry.file_type() {
+        Ok(kind) if kind.is_dir() => holds(&entry.path(), what),
+        Ok(kind) if kind.is_file() => {
+            String::from_utf8_lossy(&std::fs::read(entry.path()).expect("a file")).contains(what)
+        }
+        _ => false,
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_secret_says_in_a_containers_environment_or_command_reaches_no_disk() {
+    let mut fixture = Fixture::new().await;
+    let mut client = fixture.client().await;
+    let sandbox = client.sandbox("discreet").await;
+    let mut config = client.container_config("main", &["sleep", "hunter2-argument"]);
+    config.envs = vec![KeyValue { key: "PASSWORD".into(), value: b"hunter2-variable".into() }];
+    let id = client.create_with(&sandbox, config).await.unwrap();
+    client.start(&id).await;
+    let (data, run) = (fixture.config.data.clone(), fixture.config.run.clone());
+    let state = fixture.config.sandboxes().join(&sandbox).join("state.json");
+    assert!(std::fs::read_to_string(&state).unwrap().contains(&id), "that there is a container is kept");
+    assert!(!holds(&data, "hunter2"), "in a file below {}", data.display());
+    assert!(holds(&run, "hunter2-argument") && holds(&run, "hunter2-variable"), "in memory, for a restart");
+    fixture.restart().await;
+    let mut client = fixture.client().await;
+    let state = client.status(&id).await.state();
+    assert_eq!(state, ContainerState::ContainerRunning);
+    assert_eq!(
+        client.exec(&id, &["echo", "there"], 5).await.unwrap().stdout,
+        b"there\n",
+        "it needs the words"
+    );
+    assert!(!holds(&data, "hunter2"), "nor after a restart");
+    // A boot: memory is empty, no machine is there.
+    fixture.app.take().unwrap().stop().await;
+    std::fs::remove_dir_all(run.join("confidential")).unwrap();
+    fixture.host.taken.lock().unwrap().vmms.remove(&sandbox).unwrap().end(0);
+    fixture.start().await;
+    let mut client = fixture.client().await;
+    assert_eq!(client.status(&id).await.exit_code, 255, "it is known to have been, and to have ended");
+    client.remove_sandbox(&sandbox).await;
+    let other = client.sandbox("other").await;
+    client.run(&other, "main", &["sleep"]).await;
+    assert!(run.join("confidential").join(&other).exists());
+    client.remove_sandbox(&other).await;
+    assert_eq!(std::fs::read_dir(run.join("confidential")).unwrap().count(), 0);
+}

@@ -5,10 +5,12 @@
 //! runtime, VMM and guest. Invariant: no I/O, no async, no kernel types; every module is pure.
 
 pub mod control;
+pub mod disk;
 pub mod guest;
 pub mod ids;
 pub mod images;
 pub mod machine;
 pub mod node;
+pub mod places;
 pub mod units;
 pub mod vm;

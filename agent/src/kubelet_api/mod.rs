@@ -14,6 +14,7 @@ mod routes;
 mod serving;
 mod strangers;
 mod streams;
+mod vigil;
 
 use crate::app::Shared;
 use crate::cri::Cri;
@@ -91,6 +92,9 @@ pub async fn run(
             tracing::debug!("kubelet API: too many unknown callers at {}, one more was refused", peer.ip());
             continue;
         };
+        if let Err(error) = vigil::watch(&stream) {
+            tracing::debug!("kubelet API: a caller that vanishes will not be noticed: {error}");
+        }
         let visit = Visit { stranger: Mutex::new(Some(stranger)), slot: Arc::new(slot) };
         tokio::spawn(connection(stream, acceptor.clone(), Arc::clone(&api), visit));
     }

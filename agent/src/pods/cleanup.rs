@@ -77,12 +77,14 @@ async fn orphan(
 }
 
 fn directories(ctx: &Context, known: &Known) {
-    let pods = names(&ctx.dirs.pods).into_iter().map(|name| (name.clone(), name));
+    let own = [&ctx.dirs.pods, &ctx.dirs.volumes];
+    let pods =
+        own.into_iter().flat_map(|dir| names(dir).into_iter().map(move |name| (dir, (name.clone(), name))));
     let logs = names(&ctx.dirs.logs).into_iter().filter_map(|name| {
         let uid = name.rsplit('_').next()?.to_owned();
         Some((name, uid))
     });
-    let all = pods.map(|p| (&ctx.dirs.pods, p)).chain(logs.map(|l| (&ctx.dirs.logs, l)));
+    let all = pods.chain(logs.map(|l| (&ctx.dirs.logs, l)));
     for (parent, (name, uid)) in all.collect::<Vec<_>>() {
         if is_known(known, &uid) || !looks_like_uid(&uid) {
             continue;

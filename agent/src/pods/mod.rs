@@ -61,8 +61,11 @@ pub async fn run(shared: Shared, mut stop: tokio_watch::Receiver<bool>) {
         _ = stop.wait_for(|stop| *stop) => return,
     };
     let (events, poster) = crate::events::channel(shared.client.clone(), shared.node_name());
-    let dirs =
-        sandbox_config::Directories { pods: shared.options.pods.clone(), logs: shared.options.logs.clone() };
+    let dirs = sandbox_config::Directories {
+        pods: shared.options.pods.clone(),
+        volumes: shared.options.volumes.clone(),
+        logs: shared.options.logs.clone(),
+    };
     let statuses = statuses::Statuses::new(shared.client.clone(), shared.pods.clone());
     let ctx = Arc::new(Context {
         volumes: crate::volumes::Volumes::new(shared.client.clone(), dirs.clone()),

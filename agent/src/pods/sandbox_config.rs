@@ -22,21 +22,33 @@ pub const FS_GROUP: &str = "atoll.dev/fs-group";
 /// Directories of the node.
 #[derive(Debug, Clone)]
 pub struct Directories {
-    /// Volumes and files of pods.
+    /// Files of pods, and what stands for their volumes that live in the guest.
     pub pods: PathBuf,
+    /// Volumes of pods with content: Secrets are among them, so it is in memory.
+    pub volumes: PathBuf,
     /// Logs of containers.
     pub logs: PathBuf,
 }
 
 impl Directories {
-    /// Everything of one pod.
+    /// Everything of one pod that may lie on the disk.
     pub fn pod(&self, uid: &str) -> PathBuf {
         self.pods.join(uid)
     }
 
-    /// One volume of a pod.
+    /// Everything of one pod that may not.
+    pub fn in_memory(&self, uid: &str) -> PathBuf {
+        self.volumes.join(uid)
+    }
+
+    /// What stands for a volume that lives in the guest.
+    pub fn empty_dir(&self, uid: &str, name: &str) -> PathBuf {
+        self.pod(uid).join("volumes/kubernetes.io~empty-dir").join(name)
+    }
+
+    /// A volume with content.
     pub fn volume(&self, uid: &str, kind: &str, name: &str) -> PathBuf {
-        self.pod(uid).join("volumes").join(format!("kubernetes.io~{kind}")).join(name)
+        self.in_memory(uid).join("volumes").join(format!("kubernetes.io~{kind}")).join(name)
     }
 
     /// Logs of a pod.
@@ -143,7 +155,7 @@ fn scratch_volumes(desired: &Desired, dirs: &Directories) -> String {
     let of = |volume: &api::Volume| -> Option<serde_json::Value> {
         let source = volume.empty_dir.as_ref()?;
         serde_json::to_value(ScratchVolume {
-            path: &dirs.volume(&desired.key.uid, "empty-dir", &volume.name),
+            path: &dirs.empty_dir(&desired.key.uid, &volume.name),
             medium: source.medium.as_deref().unwrap_or_default(),
             size_limit_bytes: source.size_limit.as_ref().and_then(resources::units).filter(|n| *n > 0),
         })
@@ -165,7 +177,7 @@ mod tests {
               containers: [{name: a, image: i, resources: {limits: {cpu: 1, memory: 64Mi, ephemeral-storage: 1Ki}}}],
               volumes: [{name: v, emptyDir: {medium: Memory, sizeLimit: 1Mi}}, {name: c, configMap: {name: c}}]}",
         );
-        let dirs = Directories { pods: "/p".into(), logs: "/l".into() };
+        let dirs = Directories { pods: "/p".into(), volumes: "/v".into(), logs: "/l".into() };
         let made = sandbox(&desired, 3, &dirs, &ClusterDns::default());
         assert_eq!(made.log_directory, "/l/ns_p_u");
         assert_eq!(made.labels[POD_UID], "u");

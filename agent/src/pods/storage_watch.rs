@@ -77,7 +77,7 @@ fn usage(ctx: &Context, desired: &Desired, stats: &v1::PodSandboxStats) -> Usage
     let told = stats.attributes.as_ref().and_then(|a| a.annotations.get(USAGE_ANNOTATION));
     let told: BTreeMap<String, u64> = told.and_then(|t| serde_json::from_str(t).ok()).unwrap_or_default();
     for volume in desired.spec().volumes.iter().flatten() {
-        let directory = ctx.dirs.volume(&desired.key.uid, "empty-dir", &volume.name);
+        let directory = ctx.dirs.empty_dir(&desired.key.uid, &volume.name);
         if let Some(bytes) = told.get(directory.to_string_lossy().as_ref()) {
             usage.volumes.insert(volume.name.clone(), *bytes);
         }

@@ -8,6 +8,10 @@
 //!
 //! Called by `pods::worker`. The host keeps the truth; the runtime copies it into the pod's virtual machine. An
 //! emptyDir's directory here only stands for it: what a pod writes stays in its machine.
+//!
+//! Invariant: what comes from the API server is written below [`Directories::volumes`] alone, which a host has in memory:
+//! nothing of a Secret reaches a disk. A restart of the agent finds it there; one of the host loses it with the pods'
+//! machines, and each pod gets it anew from the API server, without which it would not be started either.
 
 pub mod atomic;
 pub mod content;
@@ -63,7 +67,7 @@ pub struct Volumes {
 }
 
 impl Volumes {
-    /// Volumes below `dirs.pods`.
+    /// Volumes below `dirs`.
     pub fn new(client: kube::Client, dirs: Directories) -> Self {
         Self { tokens: token::Tokens::new(client.clone()), objects: objects::Reader::new(client), dirs }
     }
@@ -74,24 +78,33 @@ impl Volumes {
     /// The first volume that cannot be.
     pub async fn prepare(&self, desired: &Desired, facts: &Facts) -> Result<Places, VolumeError> {
         let mut places = Places::new();
-        // Secrets lie below: nobody else on the host looks in.
-        private(&self.dirs.pod(&desired.key.uid))?;
+        let uid = &desired.key.uid;
+        // Nobody else on the host looks in.
+        private(&self.dirs.pod(uid))?;
+        if Self::changes(desired) {
+            private(&self.dirs.in_memory(uid))?;
+        }
         for volume in desired.spec().volumes.iter().flatten() {
-            let (kind, writable) = kind(volume);
-            let path = self.dirs.volume(&desired.key.uid, kind, &volume.name);
-            if writable {
-                empty_dir(&volume.name, &path)?;
-            } else {
-                self.write(desired, facts, volume, &path).await?;
-            }
-            places.insert(volume.name.clone(), (path, writable));
+            let place = match kind(volume) {
+                None => {
+                    let path = self.dirs.empty_dir(uid, &volume.name);
+                    empty_dir(&volume.name, &path)?;
+                    (path, true)
+                }
+                Some(kind) => {
+                    let path = self.dirs.volume(uid, kind, &volume.name);
+                    self.write(desired, facts, volume, &path).await?;
+                    (path, false)
+                }
+            };
+            places.insert(volume.name.clone(), place);
         }
         Ok(places)
     }
 
     /// Whether a pod has volumes whose content may change.
     pub fn changes(desired: &Desired) -> bool {
-        desired.spec().volumes.iter().flatten().any(|v| !kind(v).1)
+        desired.spec().volumes.iter().flatten().any(|v| kind(v).is_some())
     }
 
     async fn write(
@@ -131,10 +144,13 @@ impl Volumes {
     pub async fn teardown(&self, uid: &str) -> std::io::Result<()> {
         self.tokens.forget(uid);
         self.objects.forget(uid);
-        match tokio::fs::remove_dir_all(self.dirs.pod(uid)).await {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
+        for directory in [self.dirs.in_memory(uid), self.dirs.pod(uid)] {
+            match tokio::fs::remove_dir_all(directory).await {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
         }
+        Ok(())
     }
 }
 
@@ -142,18 +158,18 @@ fn fs_group(desired: &Desired) -> Option<u32> {
     desired.spec().security_context.as_ref()?.fs_group.and_then(|g| u32::try_from(g).ok())
 }
 
-/// Directory name of a volume's kind, and whether containers may write to it.
-fn kind(volume: &api::Volume) -> (&'static str, bool) {
+/// Directory name of the kind of a volume with content; `None` for an emptyDir, to which containers write.
+fn kind(volume: &api::Volume) -> Option<&'static str> {
     if volume.empty_dir.is_some() {
-        ("empty-dir", true)
+        None
     } else if volume.config_map.is_some() {
-        ("configmap", false)
+        Some("configmap")
     } else if volume.secret.is_some() {
-        ("secret", false)
+        Some("secret")
     } else if volume.downward_api.is_some() {
-        ("downward-api", false)
+        Some("downward-api")
     } else {
-        ("projected", false)
+        Some("projected")
     }
 }
 

@@ -208,7 +208,8 @@ async fn pod_recreated_with_its_name_while_the_host_was_down_is_another_pod() {
     assert_ne!(id(&before), id(&after));
     let old = before["metadata"]["uid"].as_str().unwrap();
     until("the old pod to leave nothing", SOON, || {
-        let files = ["pods", "logs"].iter().flat_map(|dir| std::fs::read_dir(host.path(dir)).unwrap());
+        let files =
+            ["pods", "volumes", "logs"].iter().flat_map(|dir| std::fs::read_dir(host.path(dir)).unwrap());
         let left = files.flatten().any(|entry| entry.file_name().to_string_lossy().contains(old));
         (!left && !host.runtime.pods().iter().any(|uid| uid == old)).then_some(())
     })

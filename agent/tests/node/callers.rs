@@ -333,6 +333,43 @@ async fn idle_connection_of_a_known_caller_is_closed() {
 }
 
 /// Requests as nobody should send them.
+/// What the kernel has started for the agent's end of a connection, and in how many milliseconds it runs out.
+fn timer(stream: &TcpStream) -> Option<(u32, u64)> {
+    let hex = |address: SocketAddr| {
+        let SocketAddr::V4(v4) = address else { panic!("{address}") };
+        format!("{:08X}:{:04X}", u32::from_ne_bytes(v4.ip().octets()), v4.port())
+    };
+    let (theirs, mine) =
+        (hex(stream.peer_addr().expect("a peer")), hex(stream.local_addr().expect("an end")));
+    let table = std::fs::read_to_string("/proc/self/net/tcp").expect("the kernel's table");
+    let v6 = std::fs::read_to_string("/proc/self/net/tcp6").unwrap_or_default();
+    table.lines().chain(v6.lines()).find_map(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let ends = words.get(1).is_some_and(|w| w.ends_with(&theirs)) && words.get(2)?.ends_with(&mine);
+        let (kind, when) = words.get(5).filter(|_| ends)?.split_once(':')?;
+        // The kernel tells ticks of a hundredth of a second.
+        Some((kind.parse().ok()?, u64::from_str_radix(when, 16).ok()? * 10))
+    })
+}
+
+/// One whose machine is gone says nothing any more, so nothing but this ends its streams.
+#[tokio::test]
+async fn caller_that_falls_silent_is_asked_whether_it_is_there() {
+    const KEEPALIVE: u32 = 2;
+    let host = host().await;
+    let admin = client_certificate(host.cluster.ca(), "admin", "g", ClientAuth);
+    let stream = open(&host, "127.0.0.1", Some(&admin)).await.unwrap();
+    let end = Instant::now() + Duration::from_secs(8);
+    loop {
+        let timer = timer(stream.get_ref().0);
+        match timer {
+            Some((KEEPALIVE, within)) if (1..=30_000).contains(&within) => break,
+            _ => assert!(Instant::now() < end, "{timer:?}"),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 fn strange_requests() -> impl Strategy<Value = Vec<u8>> {
     let method = prop_oneof![
         3 => prop::sample::select(vec!["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "CONNECT", "PRI"])

@@ -93,6 +93,7 @@ impl Host {
             ("--status", "status.json"),
             ("--state", "state"),
             ("--pods", "pods"),
+            ("--volumes", "volumes"),
             ("--logs", "logs"),
             ("--cri", "cri.sock"),
         ] {

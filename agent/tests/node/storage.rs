@@ -79,3 +79,67 @@ async fn pod_without_limits_may_write_and_is_not_looked_at() {
         assert_eq!(host.runtime.running(name).len(), 1, "{name} was ended");
     }
 }
+
+/// Files below this directory that have these bytes in them.
+fn holders(directory: &std::path::Path, what: &str) -> Vec<std::path::PathBuf> {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    let each = entries.map(|entry| match entry.file_type() {
+        Ok(kind) if kind.is_dir() => holders(&entry.path(), what),
+        Ok(kind) if kind.is_file() => {
+            let content = std::fs::read(entry.path()).unwrap_or_default();
+            if String::from_utf8_lossy(&content).contains(what) { vec![entry.path()] } else { Vec::new() }
+        }
+        _ => Vec::new(),
+    });
+    each.flatten().collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn secrets_lie_in_memory_alone_are_kept_by_a_restart_and_made_anew_after_a_boot() {
+    const SAYS: &str = "hunter2";
+    let mut host = Host::ready().await;
+    host.cluster.put(
+        "/api/v1/namespaces/default/secrets/s",
+        json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s", "namespace": "default"},
+               "data": {"password": "aHVudGVyMg=="}}),
+    );
+    let more = json!({
+        "containers": [{"name": "main", "image": "image:1",
+            "env": [{"name": "PASSWORD", "valueFrom": {"secretKeyRef": {"name": "s", "key": "password"}}}],
+            "volumeMounts": [{"name": "s", "mountPath": "/s"}, {"name": "p", "mountPath": "/p"}]}],
+        "volumes": [{"name": "s", "secret": {"secretName": "s"}},
+                    {"name": "p", "projected": {"sources": [{"secret": {"name": "s"}}]}}, {"name": "e", "emptyDir": {}}],
+    });
+    host.bind("discreet", more);
+    let before = host.wait_running("discreet").await;
+    let uid = before["metadata"]["uid"].as_str().unwrap().to_owned();
+    let on_disk = |host: &Host| {
+        ["pods", "logs", "state"].iter().flat_map(|dir| holders(&host.path(dir), SAYS)).collect::<Vec<_>>()
+    };
+    assert_eq!(on_disk(&host), [""; 0].map(std::path::PathBuf::from));
+    let in_memory = holders(&host.path("volumes"), SAYS);
+    assert_eq!(in_memory.len(), 2, "{in_memory:?}");
+    let mode = std::os::unix::fs::PermissionsExt::mode(
+        &std::fs::metadata(host.path("volumes").join(&uid)).unwrap().permissions(),
+    );
+    assert_eq!(mode & 0o777, 0o700, "nobody else looks in");
+
+    host.kill();
+    let renewed = host.renewed();
+    host.start();
+    until("the agent to be back", SOON, || (host.renewed() != renewed).then_some(())).await;
+    assert_eq!(holders(&host.path("volumes"), SAYS), in_memory, "the same files, not written again");
+
+    host.kill();
+    host.runtime.lose_power();
+    std::fs::remove_dir_all(host.path("volumes")).unwrap();
+    host.start();
+    until("the pod to run again", SOON, || (!host.runtime.running("discreet").is_empty()).then_some(()))
+        .await;
+    assert_eq!(holders(&host.path("volumes"), SAYS).len(), 2);
+    assert_eq!(on_disk(&host), [""; 0].map(std::path::PathBuf::from));
+
+    host.cluster.remove(&format!("{PODS}/discreet"));
+    until("nothing of it to be left", SOON, || (!host.path("volumes").join(&uid).exists()).then_some(()))
+        .await;
+}

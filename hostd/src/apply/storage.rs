@@ -1,31 +1,29 @@
-//! Storage steps: partition tables, mkfs, fsck, mount. Every program has a deadline.
+//! Storage steps: partition tables, mkfs, fsck, mount.
 
+use super::program::{PATIENCE, Patience, run};
 use crate::error::{Context, Error, Result};
+use crate::files::{self, Durability};
 use crate::observe::storage::read_table;
 use crate::plan::storage::{Mounting, Step};
 use crate::sys;
 use rustix::mount::{MountFlags, mount};
+use std::ffi::OsStr;
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
-use std::process::Stdio;
 use std::time::Duration;
-use tokio::process::Command;
 
-const FORMAT_DEADLINE: Duration = Duration::from_secs(300);
-const CHECK_DEADLINE: Duration = Duration::from_secs(900);
-const GROW_DEADLINE: Duration = Duration::from_secs(300);
 /// For those that are one call of the kernel: not enforced, only told.
 const OTHER_DEADLINE: Duration = Duration::from_secs(30);
 
-/// How long a step may take.
+/// How long a step may take, or until it is told how far it is.
 pub fn within(step: &Step) -> Duration {
     match step {
-        Step::Format { .. } => FORMAT_DEADLINE,
-        // Twice: what is certain, then everything.
-        Step::Check { .. } => CHECK_DEADLINE * 2,
-        Step::GrowFilesystem { .. } => GROW_DEADLINE,
+        Step::Format { .. } | Step::Check { .. } | Step::GrowFilesystem { .. } => {
+            PATIENCE.silent + PATIENCE.grace * 2
+        }
         Step::RestoreTable { .. }
+        | Step::OwnIds { .. }
         | Step::GrowPartition { .. }
         | Step::Mount { .. }
         | Step::MountMemory { .. }
@@ -33,16 +31,17 @@ pub fn within(step: &Step) -> Duration {
     }
 }
 
-/// Does one step.
-pub async fn apply(step: &Step) -> Result<()> {
+/// Does one step. `tell` is told how far it is when it takes long.
+pub async fn apply(step: &Step, tell: &(dyn Fn(&str) + Sync)) -> Result<()> {
     match step {
         Step::RestoreTable { disk } => restore_table(disk),
+        Step::OwnIds { disk, changed_ids } => give_own_ids(disk, changed_ids),
         Step::GrowPartition { disk, number } => grow_partition(disk, *number),
-        Step::Format { device, label } => format(device, label).await,
-        Step::Check { device, whole } => check(device, *whole).await,
+        Step::Format { device, label } => format(device, label, tell).await,
+        Step::Check { device, whole } => check(device, *whole, &PATIENCE, tell).await,
         Step::Mount { device, target, how } => mount_volume(device, target, *how),
         Step::GrowFilesystem { device } => {
-            let outcome = run("resize2fs", &[device.as_os_str()], device, GROW_DEADLINE).await?;
+            let outcome = run("resize2fs", &[device.as_os_str()], device, &PATIENCE, tell).await?;
             outcome.expect_success("resize2fs", device)
         }
         Step::MountMemory { target, percent } => {
@@ -72,6 +71,27 @@ fn write_table(file: &fs::File, disk: &Path, writes: &[(u64, Vec<u8>)]) -> Resul
     Ok(())
 }
 
+fn give_own_ids(disk: &Path, changed_ids: &Path) -> Result<()> {
+    let shown = disk.display();
+    let table = read_table(disk)?;
+    let file = OpenOptions::new().read(true).write(true).open(disk).context("open for writing", &shown)?;
+    let bytes = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).context("measure", &shown)?;
+    let mut failed = None;
+    let random = || {
+        let mut id = [0; 16];
+        failed = rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty()).err().or(failed);
+        id
+    };
+    let identity = table
+        .with_own_ids(bytes, random)
+        .map_err(|source| Error::PartitionTable { device: shown.to_string(), source })?;
+    failed.map_or(Ok(()), Err).context("get random ids for", &shown)?;
+    // First written down: hostd may be started again in between, and then looks for the disk by what the firmware said.
+    let lines: String = identity.ids.iter().map(|(old, new)| format!("{old} {new}\n")).collect();
+    files::replace(changed_ids, lines.as_bytes(), 0o600, None, Durability::Volatile)?;
+    write_table(&file, disk, &identity.writes)
+}
+
 fn grow_partition(disk: &Path, number: u32) -> Result<()> {
     let shown = disk.display();
     let table = read_table(disk)?;
@@ -85,22 +105,19 @@ fn grow_partition(disk: &Path, number: u32) -> Result<()> {
     sys::resize_partition(&file, number, growth.start, growth.length).context("resize a partition of", &shown)
 }
 
-async fn format(device: &Path, label: &str) -> Result<()> {
+async fn format(device: &Path, label: &str, tell: &(dyn Fn(&str) + Sync)) -> Result<()> {
     let device_argument = device.as_os_str();
     let arguments = ["-q", "-F", "-L", label, "-m", "1", "-E", "nodiscard", "-O", "metadata_csum,64bit"];
-    let mut all: Vec<&std::ffi::OsStr> = arguments.iter().map(std::ffi::OsStr::new).collect();
+    let mut all: Vec<&OsStr> = arguments.iter().map(OsStr::new).collect();
     all.push(device_argument);
-    run("mkfs.ext4", &all, device, FORMAT_DEADLINE).await?.expect_success("mkfs.ext4", device)
+    run("mkfs.ext4", &all, device, &PATIENCE, tell).await?.expect_success("mkfs.ext4", device)
 }
 
 /// Mends what can be mended: first what is certain, then everything, because nobody can answer questions here.
-async fn check(device: &Path, whole: bool) -> Result<()> {
+async fn check(device: &Path, whole: bool, patience: &Patience, tell: &(dyn Fn(&str) + Sync)) -> Result<()> {
     for mode in ["-p", "-y"] {
-        let mut arguments = vec![std::ffi::OsStr::new(mode), device.as_os_str()];
-        if whole {
-            arguments.insert(0, std::ffi::OsStr::new("-f"));
-        }
-        let outcome = run("e2fsck", &arguments, device, CHECK_DEADLINE).await?;
+        let arguments = check_arguments(mode, device, whole);
+        let outcome = run("e2fsck", &arguments, device, patience, tell).await?;
         match outcome.code {
             Some(0) => return Ok(()),
             // Mended; 2 asks for a reboot only when the file system was mounted, which it was not.
@@ -120,6 +137,12 @@ async fn check(device: &Path, whole: bool) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// How far it is comes on its output, among its words.
+fn check_arguments<'a>(mode: &'a str, device: &'a Path, whole: bool) -> Vec<&'a OsStr> {
+    let whole = whole.then_some("-f").into_iter();
+    whole.chain(["-C", "1", mode]).map(OsStr::new).chain([device.as_os_str()]).collect()
 }
 
 fn beyond_repair(device: &Path, error: &Error) -> Error {
@@ -158,54 +181,9 @@ fn directory(path: &Path, mode: u32, owner: u32) -> Result<()> {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).context("change the mode of", path.display())
 }
 
-struct Outcome {
-    code: Option<i32>,
-    words: String,
-}
-
-impl Outcome {
-    fn expect_success(self, program: &str, device: &Path) -> Result<()> {
-        let code = match self.code {
-            Some(0) => return Ok(()),
-            Some(code) => format!("exit code {code}"),
-            None => "killed by a signal".into(),
-        };
-        let outcome = if self.words.is_empty() { code } else { format!("{code}: {}", self.words) };
-        Err(Error::Program { program: program.into(), object: device.display().to_string(), outcome })
-    }
-}
-
-async fn run(
-    program: &str,
-    arguments: &[&std::ffi::OsStr],
-    device: &Path,
-    limit: Duration,
-) -> Result<Outcome> {
-    let mut command = Command::new(program);
-    command
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true);
-    let failed = |outcome: String| Error::Program {
-        program: program.into(),
-        object: device.display().to_string(),
-        outcome,
-    };
-    let output = tokio::time::timeout(limit, command.output())
-        .await
-        .map_err(|_| failed(format!("took longer than {} s and was stopped", limit.as_secs())))?
-        .map_err(|error| failed(format!("cannot be started: {error}")))?;
-    let text =
-        String::from_utf8_lossy(if output.stderr.is_empty() { &output.stdout } else { &output.stderr })
-            .into_owned();
-    let last = text.lines().rev().map(str::trim).find(|l| !l.is_empty()).unwrap_or_default();
-    Ok(Outcome { code: output.status.code(), words: last.chars().take(300).collect() })
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::program::Progress;
     use super::*;
     use crate::gpt::Source;
     use crate::observe::storage::inside;
@@ -216,7 +194,7 @@ mod tests {
     async fn volume(directory: &Path, mib: u64) -> std::path::PathBuf {
         let path = directory.join(format!("{mib}.ext4"));
         fs::File::create(&path).unwrap().set_len(mib << 20).unwrap();
-        format(&path, "DATA").await.unwrap();
+        format(&path, "DATA", &|_| {}).await.unwrap();
         fs::write(directory.join("precious"), "precious").unwrap();
         debugfs(&path, &["-w", "-R", &format!("write {} precious", directory.join("precious").display())]);
         path
@@ -231,14 +209,13 @@ mod tests {
         OpenOptions::new().write(true).open(path).unwrap().write_all_at(bytes, at).unwrap();
     }
 
-    #[test]
-    fn a_primary_table_that_is_gone_is_restored_from_the_backup() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("disk");
+    /// A disk with one partition, whose primary table is not there.
+    fn disk_with_a_backup(path: &Path) {
         let last = 4095u64;
-        fs::File::create(&path).unwrap().set_len((last + 1) * 512).unwrap();
+        fs::File::create(path).unwrap().set_len((last + 1) * 512).unwrap();
         let mut entries = vec![0; 128 * 128];
-        entries[..32].fill(1);
+        entries[..16].fill(1);
+        entries[16..32].copy_from_slice(&atoll_spec::disk::of_the_image([1; 16]));
         entries[32..40].copy_from_slice(&2048u64.to_le_bytes());
         entries[40..48].copy_from_slice(&4000u64.to_le_bytes());
         let mut header =
@@ -249,13 +226,41 @@ mod tests {
         header.extend(crc32fast::hash(&entries).to_le_bytes());
         let sum = crc32fast::hash(&header);
         header[16..20].copy_from_slice(&sum.to_le_bytes());
-        overwrite(&path, (last - 32) * 512, &entries);
-        overwrite(&path, last * 512, &header);
+        overwrite(path, (last - 32) * 512, &entries);
+        overwrite(path, last * 512, &header);
+    }
+
+    #[test]
+    fn a_primary_table_that_is_gone_is_restored_from_the_backup() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk");
+        disk_with_a_backup(&path);
         let found = read_table(&path).unwrap();
         assert_eq!((found.source(), found.entries()[0].last), (Source::Backup, 4000));
         restore_table(&path).unwrap();
         let restored = read_table(&path).unwrap();
         assert_eq!((restored.source(), restored.entries()), (Source::Primary, found.entries()));
+    }
+
+    #[test]
+    fn ids_are_written_down_before_they_are_given() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk");
+        disk_with_a_backup(&path);
+        let old = read_table(&path).unwrap().entries()[0].uuid.clone();
+        let before = fs::read(&path).unwrap();
+        give_own_ids(&path, &directory.path().join("missing/changed-ids")).unwrap_err();
+        assert!(fs::read(&path).unwrap() == before, "not one byte is changed");
+        let changed = directory.path().join("changed-ids");
+        give_own_ids(&path, &changed).unwrap();
+        let table = read_table(&path).unwrap();
+        assert!(!table.has_ids_of_the_image() && table.source() == Source::Primary);
+        let new = &table.entries()[0].uuid;
+        assert_ne!(&old, new);
+        assert_eq!(fs::read_to_string(&changed).unwrap(), format!("{old} {new}\n"));
+        disk_with_a_backup(&path);
+        give_own_ids(&path, &changed).unwrap();
+        assert_ne!(&read_table(&path).unwrap().entries()[0].uuid, new, "no two disks get the same");
     }
 
     #[tokio::test]
@@ -267,9 +272,9 @@ mod tests {
             overwrite(&path, 1024, &[0; 1024]);
             assert_eq!(inside(&path, "DATA").unwrap(), Content::Damaged, "{mib} MiB");
             assert_eq!(inside(&path, "STATE").unwrap(), Content::Unknown, "another label, another owner");
-            check(&path, true).await.unwrap();
+            check(&path, true, &PATIENCE, &|_| {}).await.unwrap();
             assert_eq!(debugfs(&path, &["-R", "cat precious"]), "precious", "{mib} MiB");
-            check(&path, true).await.unwrap();
+            check(&path, true, &PATIENCE, &|_| {}).await.unwrap();
         }
     }
 
@@ -285,8 +290,8 @@ mod tests {
             .unwrap_or_else(|| panic!("{tables}"));
         overwrite(&path, block * 1024, &[0x5a; 16 * 1024]);
         assert!(matches!(inside(&path, "DATA").unwrap(), Content::Ext4(_)));
-        check(&path, false).await.unwrap();
-        check(&path, true).await.unwrap();
+        check(&path, false, &PATIENCE, &|_| {}).await.unwrap();
+        check(&path, true, &PATIENCE, &|_| {}).await.unwrap();
         let clean = Blocking::new("e2fsck").args(["-f", "-n"]).arg(&path).output().unwrap();
         assert!(clean.status.success(), "{}", String::from_utf8_lossy(&clean.stdout));
     }
@@ -304,8 +309,20 @@ mod tests {
         }
         assert_eq!(inside(&path, "DATA").unwrap(), Content::Unknown);
         let before = fs::read(&path).unwrap();
-        let error = check(&path, true).await.unwrap_err().to_string();
+        let error = check(&path, true, &PATIENCE, &|_| {}).await.unwrap_err().to_string();
         assert!(error.contains("left as it is") && error.contains("flash the disk again"), "{error}");
         assert!(fs::read(&path).unwrap() == before, "not one byte is changed");
+    }
+    /// That the program whose lines are read is the one there is: their form is nowhere promised.
+    #[tokio::test]
+    async fn a_check_tells_how_far_it_is() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = volume(directory.path(), 600).await;
+        let arguments = check_arguments("-p", &path, true);
+        let output = Blocking::new("e2fsck").args(arguments).output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        let passes: Vec<u32> =
+            text.lines().filter_map(Progress::parse).map(|progress| progress.pass).collect();
+        assert_eq!((passes.first(), passes.last()), (Some(&1), Some(&5)), "{text}");
     }
 }

@@ -1,8 +1,8 @@
 //! The DHCP client of one link: carries messages between the link and the [`Machine`], and leases to the app.
 
-use super::frame;
 use super::machine::{Action, Input, Machine};
 use super::packet::{Lease, Message};
+use super::{arp, frame};
 use crate::error::{Context, Result};
 use crate::sys;
 use rustix::net::{AddressFamily, SocketType, sockopt};
@@ -24,13 +24,24 @@ pub struct Link {
     pub mac: [u8; 6],
 }
 
-/// A lease came, was renewed, or went.
+/// Something changed on a link.
 #[derive(Debug, Clone)]
 pub struct Change {
     /// On which link.
     pub link: u32,
-    /// What holds now, and until when; `None` when there is no lease any more.
-    pub lease: Option<(Box<Lease>, Option<Instant>)>,
+    /// What.
+    pub news: News,
+}
+
+/// What changed.
+#[derive(Debug, Clone)]
+pub enum News {
+    /// A lease came or was renewed, and holds until then.
+    Held(Box<Lease>, Option<Instant>),
+    /// There is no lease any more.
+    Lost,
+    /// The server gave an address that somebody has: what to tell.
+    Taken(String),
 }
 
 /// Runs a client until the task is dropped, or the link goes away.
@@ -43,15 +54,19 @@ pub async fn run(link: Link, hostname: Option<String>, changes: mpsc::Sender<Cha
     let mut machine = Machine::new(link.mac, hostname, seed(), 0.0);
     // Held while a renewal is on its way: with it, the kernel does not answer the server with "port unreachable".
     let mut unicast = None;
+    // Open while an address is probed.
+    let mut probes = None;
     loop {
         let deadline = began + Duration::from_secs_f64(machine.deadline().clamp(0.0, 1e9));
-        // Cancel-safe: `receive` reads a packet only when the socket is readable, and returns it in the same poll.
+        // Cancel-safe: `receive` and `owner` read a packet only when the socket is readable, and return it in the same
+        // poll.
         let input = tokio::select! {
             message = receive(&socket) => Input::Received(message.context("receive from", &link.name)?),
+            by = owner(&probes, &link, machine.probed()) => Input::Taken(by.context("receive from", &link.name)?),
             () = tokio::time::sleep_until(deadline) => Input::Timer,
         };
         for action in machine.step(input, began.elapsed().as_secs_f64()) {
-            let lease = match action {
+            let news = match action {
                 Action::Broadcast(message) => {
                     let packet = frame::broadcast(&message.encode());
                     if let Err(error) = sys::send_broadcast(socket.as_fd(), link.index, &packet) {
@@ -64,19 +79,74 @@ pub async fn run(link: Link, hostname: Option<String>, changes: mpsc::Sender<Cha
                     unicast = send_unicast(&link, server, &message).await;
                     continue;
                 }
+                Action::Probe(address) => {
+                    send_probe(&link, address, &mut probes);
+                    continue;
+                }
+                Action::Conflict(lease, by, pause) => News::Taken(conflict(&lease, by, pause)),
                 Action::Granted(lease) => {
                     let end = lease.seconds.map(|s| Instant::now() + Duration::from_secs(u64::from(s)));
-                    Some((lease, end))
+                    News::Held(lease, end)
                 }
-                Action::Lost => None,
+                Action::Lost => News::Lost,
             };
             unicast = None;
-            if changes.send(Change { link: link.index, lease }).await.is_err() {
+            if changes.send(Change { link: link.index, news }).await.is_err() {
                 return Ok(());
             }
         }
+        if machine.probed().is_none() {
+            probes = None;
+        }
         // Only kept alive; answers arrive on the packet socket.
         let _held: &Option<UdpSocket> = &unicast;
+    }
+}
+
+fn conflict(lease: &Lease, by: [u8; 6], pause: u32) -> String {
+    let by: Vec<String> = by.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!(
+        "the DHCP server {} gave the address {}, which {} has already: declined, and asked again after {pause} s; give that \
+         machine another address, or take it out of the server's range",
+        lease.server,
+        lease.address.addr(),
+        by.join(":")
+    )
+}
+
+/// A link on which nothing can be probed gets its address without.
+fn send_probe(link: &Link, address: Ipv4Addr, probes: &mut Option<UdpSocket>) {
+    let sent = (|| {
+        let socket = match probes.take() {
+            Some(socket) => socket,
+            None => UdpSocket::from_std(sys::arp_socket(link.index)?.into())?,
+        };
+        let socket = probes.insert(socket);
+        sys::send_arp(socket.as_fd(), link.index, &arp::probe(link.mac, address))
+    })();
+    if let Err(error) = sent {
+        tracing::debug!(link = link.name, %address, %error, "not probed");
+    }
+}
+
+/// Waits for somebody who has the address that is probed.
+async fn owner(
+    probes: &Option<UdpSocket>,
+    link: &Link,
+    address: Option<Ipv4Addr>,
+) -> std::io::Result<[u8; 6]> {
+    let (Some(socket), Some(address)) = (probes, address) else { return std::future::pending().await };
+    let mut buffer = [0; 64];
+    loop {
+        match socket.recv(&mut buffer).await {
+            Ok(length) => {
+                if let Some(by) = arp::owner(&buffer[..length], link.mac, address) {
+                    return Ok(by);
+                }
+            }
+            Err(error) if error.raw_os_error() == Some(libc::ENETDOWN) => {}
+            Err(error) => return Err(error),
+        }
     }
 }
 

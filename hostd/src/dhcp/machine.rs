@@ -1,11 +1,12 @@
 //! The states of a DHCP client: bytes and clocks stay outside. ◇
 //!
 //! ```text
-//!            offer             ack               T1               T2
-//! Selecting ───────► Requesting ───────► Bound ───────► Renewing ───────► Rebinding
-//!    ▲  ▲                 │ nak, silence   ▲               │ ack              │ ack
-//!    │  └─────────────────┘                └───────────────┴──────────────────┘
-//!    └──────────────────────── nak, or the lease ran out ◄────────────────────┘
+//!            offer             ack             free           T1               T2
+//! Selecting ───────► Requesting ───────► Probing ─────► Bound ───────► Renewing ───────► Rebinding
+//!    ▲  ▲                 │ nak, silence    │ taken       ▲               │ ack              │ ack
+//!    │  ├─────────────────┘                 │             └───────────────┴──────────────────┘
+//!    │  └───────────────────────────────────┘
+//!    └──────────────────────── nak, or the lease ran out ◄───────────────────────────────────┘
 //! ```
 //!
 //! [`Machine::step`] takes an input and the time and returns what to do; [`Machine::deadline`] says when to step
@@ -22,6 +23,8 @@ pub enum State {
     Selecting,
     /// Asked for an offered address.
     Requesting(Box<Lease>),
+    /// Was given an address, and asks the link whether somebody has it.
+    Probing(Box<Lease>),
     /// Has an address.
     Bound(Box<Lease>),
     /// Asking its server to keep the address.
@@ -37,6 +40,8 @@ pub enum Input {
     Timer,
     /// A message came.
     Received(Message),
+    /// Somebody on the link, with this hardware address, has the address that is probed.
+    Taken([u8; 6]),
 }
 
 /// What to do.
@@ -46,6 +51,11 @@ pub enum Action {
     Broadcast(Message),
     /// Send to the server, from the leased address.
     Unicast(Ipv4Addr, Message),
+    /// Ask everyone on the link who has this address.
+    Probe(Ipv4Addr),
+    /// What the server gave is in use by this hardware address; the server was told, and is asked again in so many
+    /// seconds.
+    Conflict(Box<Lease>, [u8; 6], u32),
     /// The lease holds: new, or renewed.
     Granted(Box<Lease>),
     /// The lease is gone; the address must not be used any more.
@@ -60,6 +70,8 @@ pub struct Machine {
     hostname: Option<String>,
     xid: u32,
     attempt: u32,
+    /// Addresses given since the last one that was free.
+    taken: u32,
     began: f64,
     /// When a server was last asked for a lease.
     asked: f64,
@@ -72,6 +84,13 @@ pub struct Machine {
 const MAX_PAUSE: f64 = 64.0;
 /// How often an offer is asked for before looking for another.
 const MAX_REQUESTS: u32 = 4;
+/// Probes for an address, and the time between them and after the last: shorter than RFC 5227 has it, which adds five
+/// seconds to each boot for what servers mostly probe themselves.
+const PROBES: (u32, f64) = (3, 0.2);
+/// Pause after an address that was taken (RFC 2131 3.1), and after one too many (RFC 5227 2.1.1).
+const TAKEN_PAUSES: (u32, u32) = (10, 60);
+/// Addresses that may be taken before the longer pause.
+const MAX_TAKEN: u32 = 10;
 
 impl Machine {
     /// A client that begins at once. `seed` makes its transaction id.
@@ -82,6 +101,7 @@ impl Machine {
             hostname,
             xid: seed,
             attempt: 0,
+            taken: 0,
             began: now,
             asked: now,
             leased: now,
@@ -106,7 +126,13 @@ impl Machine {
             Input::Timer => self.timer(now),
             Input::Received(message) if self.is_for_me(&message) => self.received(&message, now),
             Input::Received(_) => Vec::new(),
+            Input::Taken(by) => self.taken(by, now),
         }
+    }
+
+    /// The address that is being probed.
+    pub fn probed(&self) -> Option<Ipv4Addr> {
+        if let State::Probing(lease) = &self.state { Some(lease.address.addr()) } else { None }
     }
 
     fn is_for_me(&self, message: &Message) -> bool {
@@ -118,6 +144,8 @@ impl Machine {
             State::Selecting => self.discover(now),
             State::Requesting(offer) if self.attempt < MAX_REQUESTS => self.request(&offer, now),
             State::Requesting(_) => self.start_over(now),
+            State::Probing(lease) if self.attempt < PROBES.0 => self.probe(&lease, now),
+            State::Probing(lease) => self.granted(*lease, now),
             State::Bound(lease) => {
                 self.state = State::Renewing(lease);
                 self.begin_exchange();
@@ -135,9 +163,17 @@ impl Machine {
                 self.state = State::Requesting(Box::new(offer.clone()));
                 self.request(&offer, now)
             }
-            (State::Requesting(_) | State::Renewing(_) | State::Rebinding(_), Kind::Ack, Some(lease)) => {
+            (State::Renewing(old) | State::Rebinding(old), Kind::Ack, Some(lease))
+                if old.address == lease.address =>
+            {
                 self.granted(lease, now)
             }
+            (State::Renewing(_) | State::Rebinding(_), Kind::Ack, Some(lease)) => {
+                let mut actions = vec![Action::Lost];
+                actions.extend(self.begin_probing(lease, now));
+                actions
+            }
+            (State::Requesting(_), Kind::Ack, Some(lease)) => self.begin_probing(lease, now),
             (State::Requesting(offer), Kind::Nak, _) if message.address(54) == Some(offer.server) => {
                 self.start_over(now)
             }
@@ -151,18 +187,37 @@ impl Machine {
     }
 
     fn granted(&mut self, lease: Lease, now: f64) -> Vec<Action> {
-        let mut actions = Vec::new();
-        if let State::Renewing(old) | State::Rebinding(old) = &self.state
-            && old.address != lease.address
-        {
-            actions.push(Action::Lost);
-        }
         self.leased = self.asked;
         self.deadline = (self.leased + f64::from(lease.renew_after)).max(now + 1.0);
-        self.attempt = 0;
+        (self.attempt, self.taken) = (0, 0);
         self.state = State::Bound(Box::new(lease.clone()));
-        actions.push(Action::Granted(Box::new(lease)));
-        actions
+        vec![Action::Granted(Box::new(lease))]
+    }
+
+    fn begin_probing(&mut self, lease: Lease, now: f64) -> Vec<Action> {
+        self.attempt = 0;
+        self.state = State::Probing(Box::new(lease.clone()));
+        self.probe(&lease, now)
+    }
+
+    fn probe(&mut self, lease: &Lease, now: f64) -> Vec<Action> {
+        self.attempt += 1;
+        self.deadline = now + PROBES.1;
+        vec![Action::Probe(lease.address.addr())]
+    }
+
+    /// The server must know, or it gives the same address again; it is asked again later, for it may have no other.
+    fn taken(&mut self, by: [u8; 6], now: f64) -> Vec<Action> {
+        let State::Probing(lease) = self.state.clone() else { return Vec::new() };
+        let mut decline = self.message(Kind::Decline, Ipv4Addr::UNSPECIFIED, now);
+        decline.options.retain(|option, _| *option == 61);
+        decline.options.insert(50, lease.address.addr().octets().to_vec());
+        decline.options.insert(54, lease.server.octets().to_vec());
+        self.start_over(now);
+        self.taken = self.taken.saturating_add(1);
+        let pause = if self.taken < MAX_TAKEN { TAKEN_PAUSES.0 } else { TAKEN_PAUSES.1 };
+        self.deadline = now + f64::from(pause);
+        vec![Action::Broadcast(decline), Action::Conflict(lease, by, pause)]
     }
 
     fn start_over(&mut self, now: f64) -> Vec<Action> {
@@ -268,8 +323,63 @@ mod tests {
         let input = reply(&machine, Kind::Offer, seconds);
         assert!(matches!(&machine.step(input, 0.1)[..], [Action::Broadcast(m)] if m.kind == Kind::Request));
         let input = reply(&machine, Kind::Ack, seconds);
-        assert!(matches!(&machine.step(input, 0.2)[..], [Action::Granted(_)]));
+        assert!(matches!(&machine.step(input, 0.2)[..], [Action::Probe(_)]));
+        while let State::Probing(_) = machine.state() {
+            let now = machine.deadline();
+            assert!(now < 1.0, "boots wait for it");
+            machine.step(Input::Timer, now);
+        }
+        assert!(matches!(machine.state(), State::Bound(_)));
         machine
+    }
+
+    /// Asks until an address is probed.
+    fn probing(machine: &mut Machine) -> f64 {
+        let now = machine.deadline();
+        machine.step(Input::Timer, now);
+        for kind in [Kind::Offer, Kind::Ack] {
+            let input = reply(machine, kind, 3600);
+            machine.step(input, now);
+        }
+        assert_eq!(machine.probed(), Some(Ipv4Addr::new(10, 0, 0, 7)));
+        now
+    }
+
+    #[test]
+    fn an_address_that_somebody_has_is_declined_and_asked_for_again_later() {
+        let mut machine = Machine::new(MAC, None, 7, 0.0);
+        for round in 1..15 {
+            let now = probing(&mut machine);
+            let actions = machine.step(Input::Taken([9; 6]), now);
+            let [Action::Broadcast(decline), Action::Conflict(lease, by, pause)] = &actions[..] else {
+                panic!("{actions:?}")
+            };
+            assert_eq!((decline.kind, *by), (Kind::Decline, [9; 6]));
+            assert_eq!(decline.options.keys().copied().collect::<Vec<_>>(), [50, 54, 61], "RFC 2131 table 5");
+            assert_eq!(decline.address(50), Some(lease.address.addr()));
+            assert!(decline.ciaddr.is_unspecified());
+            assert_eq!(*pause, if round < 10 { 10 } else { 60 });
+            assert!((machine.deadline() - now - f64::from(*pause)).abs() < 0.01);
+            assert_eq!(machine.state(), &State::Selecting);
+            assert!(machine.step(Input::Taken([9; 6]), now).is_empty(), "told once");
+        }
+        let now = probing(&mut machine);
+        let mut actions = Vec::new();
+        while actions.is_empty() || matches!(actions[..], [Action::Probe(_)]) {
+            actions = machine.step(Input::Timer, machine.deadline());
+        }
+        assert!(matches!(actions[..], [Action::Granted(_)]), "free at last: {actions:?}");
+        assert!(machine.step(Input::Taken([9; 6]), now + 5.0).is_empty(), "only while it is probed");
+    }
+
+    #[test]
+    fn a_renewal_with_another_address_is_probed_too_and_with_the_same_is_not() {
+        let mut machine = bound(3600);
+        machine.step(Input::Timer, 1801.0);
+        let Input::Received(mut message) = reply(&machine, Kind::Ack, 3600) else { panic!() };
+        message.yiaddr = Ipv4Addr::new(10, 0, 0, 8);
+        let actions = machine.step(Input::Received(message.clone()), 1802.0);
+        assert_eq!(actions, [Action::Lost, Action::Probe(message.yiaddr)]);
     }
 
     #[test]
@@ -331,7 +441,7 @@ mod tests {
     proptest! {
         /// Whatever comes, it keeps asking, not too often, and uses an address only while a lease for it holds.
         #[test]
-        fn it_never_stops_and_never_floods(script in proptest::collection::vec((0u8..6, 30u32..4000), 1..80)) {
+        fn it_never_stops_and_never_floods(script in proptest::collection::vec((0u8..8, 30u32..4000), 1..80)) {
             let mut machine = Machine::new(MAC, None, 1, 0.0);
             let mut now = 0.0;
             let mut holds: Option<f64> = None;
@@ -341,6 +451,7 @@ mod tests {
                     0 => reply(&machine, Kind::Offer, seconds),
                     1 | 2 => reply(&machine, Kind::Ack, seconds),
                     3 => Input::Received(offer(Kind::Nak, machine.xid, &[])),
+                    4 => Input::Taken([9; 6]),
                     _ => { now = sent_at; Input::Timer }
                 };
                 let timer = input == Input::Timer;
@@ -348,6 +459,7 @@ mod tests {
                     match action {
                         Action::Granted(lease) => holds = Some(now + f64::from(lease.seconds.unwrap())),
                         Action::Lost => holds = None,
+                        Action::Probe(_) | Action::Conflict(..) => prop_assert!(holds.is_none()),
                         Action::Broadcast(m) | Action::Unicast(_, m) => {
                             prop_assert!(m.ciaddr.is_unspecified() || holds.is_some_and(|end| now <= end + 1.0));
                         }

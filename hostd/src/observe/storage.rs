@@ -18,6 +18,8 @@ pub struct Sources {
     pub dev: PathBuf,
     /// `/proc/self/mountinfo`.
     pub mountinfo: PathBuf,
+    /// Ids that partitions had when the firmware saw them, and have now: a line each, with a space between.
+    pub changed_ids: PathBuf,
 }
 
 /// Variable of the boot loader that names the partition it was loaded from.
@@ -28,12 +30,10 @@ const NOT_DISKS: [&str; 4] = ["ram", "zram", "fd", "sr"];
 /// Looks at everything.
 pub fn observe(from: &Sources) -> Result<Observed> {
     let (mounted, sources) = mounts(&from.mountinfo)?;
-    Ok(Observed {
-        disks: disks(from)?,
-        boot_partition: boot_partition(&from.sys.join("firmware/efi/efivars").join(BOOT_VARIABLE)),
-        mounted,
-        sources,
-    })
+    let disks = disks(from)?;
+    let named = boot_partition(&from.sys.join("firmware/efi/efivars").join(BOOT_VARIABLE));
+    let changed = fs::read_to_string(&from.changed_ids).unwrap_or_default();
+    Ok(Observed { boot_partition: named.map(|uuid| id_now(uuid, &changed, &disks)), disks, mounted, sources })
 }
 
 fn disks(from: &Sources) -> Result<Vec<Disk>> {
@@ -57,6 +57,7 @@ fn disks(from: &Sources) -> Result<Vec<Disk>> {
                     bytes: number(&directory, "size") * 512,
                     removable: number(&directory, "removable") == 1,
                     by_backup: false,
+                    ids_of_the_image: false,
                     partitions: Vec::new(),
                 };
                 disks.insert(name, disk);
@@ -120,6 +121,7 @@ fn look_inside(disk: &mut Disk) {
     }
     let Ok(table) = read_table(&disk.device) else { return };
     disk.by_backup = table.source() == gpt::Source::Backup;
+    disk.ids_of_the_image = table.has_ids_of_the_image();
     for entry in table.entries() {
         if let Some(partition) = disk.partitions.iter_mut().find(|p| p.number == entry.number) {
             partition.uuid.get_or_insert(entry.uuid);
@@ -164,6 +166,15 @@ fn boot_partition(variable: &Path) -> Option<String> {
     Some(text.trim_end_matches('\0').to_ascii_lowercase()).filter(|t| !t.is_empty())
 }
 
+/// The id that the partition has now which had `uuid` when the firmware saw it. It was written down before it was given,
+/// so it counts only when some partition has it.
+fn id_now(uuid: String, changed: &str, disks: &[Disk]) -> String {
+    let changed = changed.lines().filter_map(|line| line.split_once(' '));
+    let mut now = changed.filter(|(old, _)| *old == uuid).map(|(_, now)| now.to_owned());
+    let has = |id: &String| disks.iter().flat_map(|d| &d.partitions).any(|p| p.uuid.as_ref() == Some(id));
+    now.rfind(has).unwrap_or(uuid)
+}
+
 /// Where something is mounted, and what. A line: `22 1 0:20 / /state rw,noatime - ext4 /dev/vda3 rw`.
 fn mounts(mountinfo: &Path) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
     let text = fs::read_to_string(mountinfo).context("read", mountinfo.display())?;
@@ -202,8 +213,19 @@ mod tests {
             .unwrap();
         let mountinfo = root.path().join("mountinfo");
         fs::write(&mountinfo, "22 1 0:20 / /state rw,noatime - ext4 /dev/vda3 rw\n").unwrap();
-        let observed = observe(&Sources { sys, dev: "/dev".into(), mountinfo }).unwrap();
+        let changed_ids = root.path().join("changed-ids");
+        let from = Sources { sys, dev: "/dev".into(), mountinfo, changed_ids };
+        let observed = observe(&from).unwrap();
         assert_eq!(observed.boot_partition.as_deref(), Some("ab-cd"));
+        // Written down, then the power was cut or the write failed: the old one counts.
+        fs::write(&from.changed_ids, "ef 01\nab-cd other\n").unwrap();
+        assert_eq!(observe(&from).unwrap().boot_partition.as_deref(), Some("ab-cd"));
+        fs::write(&from.changed_ids, "ef 01\nab-cd ab\n").unwrap();
+        assert_eq!(
+            observe(&from).unwrap().boot_partition.as_deref(),
+            Some("ab"),
+            "what the partition has now"
+        );
         assert_eq!(observed.mounted, [PathBuf::from("/state")]);
         assert_eq!(observed.sources, [PathBuf::from("/dev/vda3")]);
         let found = &observed.disks[0];

@@ -3,11 +3,10 @@
 //! Invariant: nothing is formatted unless its first megabyte is nothing but zeros, as flashing leaves it, and only a
 //! partition that carries our label on the disk the host booted from is touched at all.
 
+use atoll_spec::places::AGENT_UID;
 use std::fmt;
 use std::path::PathBuf;
 
-/// The user the agent runs as.
-pub const AGENT_UID: u32 = 800;
 /// Space behind DATA that is worth growing into, in bytes.
 const WORTH_GROWING: u64 = 4 << 20;
 
@@ -22,6 +21,8 @@ pub struct Disk {
     pub removable: bool,
     /// Whether its primary partition table is not whole, so that the backup counts.
     pub by_backup: bool,
+    /// Whether it still has ids that every disk has which was flashed with the same image.
+    pub ids_of_the_image: bool,
     /// Its partitions.
     pub partitions: Vec<Partition>,
 }
@@ -70,7 +71,8 @@ pub enum Content {
 pub struct Observed {
     /// The disks.
     pub disks: Vec<Disk>,
-    /// The partition the firmware loaded the system from, lower case; `None` when it does not say.
+    /// The partition the firmware loaded the system from, lower case, by the id that it has now; `None` when the firmware
+    /// does not say.
     pub boot_partition: Option<String>,
     /// Where something is mounted.
     pub mounted: Vec<PathBuf>,
@@ -87,6 +89,8 @@ pub struct Targets {
     pub state: PathBuf,
     /// DATA.
     pub data: PathBuf,
+    /// Where the ids are written down that partitions had when the firmware saw them, if they have others now.
+    pub changed_ids: PathBuf,
 }
 
 /// How a file system is mounted.
@@ -105,6 +109,13 @@ pub enum Step {
     RestoreTable {
         /// The disk.
         disk: PathBuf,
+    },
+    /// Give a disk and its partitions ids that no other disk has.
+    OwnIds {
+        /// The disk.
+        disk: PathBuf,
+        /// Where it is written down which ids became which: the firmware named the old one at this boot.
+        changed_ids: PathBuf,
     },
     /// Make a partition reach the end of its disk.
     GrowPartition {
@@ -166,6 +177,9 @@ impl fmt::Display for Step {
             Self::RestoreTable { disk } => {
                 write!(f, "restore the partition table of {} from its backup", disk.display())
             }
+            Self::OwnIds { disk, .. } => {
+                write!(f, "give {} and its partitions ids of their own", disk.display())
+            }
             Self::GrowPartition { disk, number } => {
                 write!(f, "grow partition {number} to the end of {}", disk.display())
             }
@@ -202,8 +216,9 @@ pub struct Plan {
 
 /// Which disk the host booted from, if any has our partitions and can be it.
 ///
-/// Danger: every disk flashed with the same image has the same ids, so the firmware's word may fit more than one. To
-/// take any of them would grow, format and mount what may be another host's.
+/// Danger: a disk has the ids of its image until its first boot, as every disk that was flashed with it and never booted,
+/// so the firmware's word may fit more than one. To take any of them would grow, format and mount what may be another
+/// host's.
 pub fn boot_disk(observed: &Observed) -> Result<Option<&Disk>, String> {
     let mut ours: Vec<&Disk> = observed.disks.iter().filter(|disk| is_ours(disk)).collect();
     // Decided before hostd was started again: a disk that was put in since changes nothing.
@@ -221,8 +236,8 @@ pub fn boot_disk(observed: &Observed) -> Result<Option<&Disk>, String> {
         [] => Ok(None),
         [disk] => Ok(Some(disk)),
         _ if observed.boot_partition.is_some() => Err(format!(
-            "{} are flashed with the same image, so nothing tells which of them booted, and none is touched: remove \
-             all but one",
+            "{} are flashed with the same image and never booted, or are copies of one another, so nothing tells which of \
+             them booted, and none is touched: remove all but one",
             names(&ours)
         )),
         _ => Err(format!(
@@ -292,6 +307,9 @@ fn plan_disk(disk: &Disk, observed: &Observed, targets: &Targets, plan: &mut Pla
     let find = |label: &str| disk.partitions.iter().find(|p| p.label == label);
     if disk.by_backup {
         plan.steps.push(Step::RestoreTable { disk: disk.device.clone() });
+    }
+    if disk.ids_of_the_image {
+        plan.steps.push(Step::OwnIds { disk: disk.device.clone(), changed_ids: targets.changed_ids.clone() });
     }
     if let Some(esp) = find("ESP")
         && !observed.mounted.contains(&targets.esp)
@@ -440,7 +458,12 @@ mod tests {
     use proptest::prelude::*;
 
     fn targets() -> Targets {
-        Targets { esp: "/esp".into(), state: "/state".into(), data: "/data".into() }
+        Targets {
+            esp: "/esp".into(),
+            state: "/state".into(),
+            data: "/data".into(),
+            changed_ids: "/changed-ids".into(),
+        }
     }
 
     fn disk(name: &str, contents: [Content; 2]) -> Disk {
@@ -459,6 +482,7 @@ mod tests {
             bytes: 1 << 30,
             removable: false,
             by_backup: false,
+            ids_of_the_image: false,
             partitions: vec![
                 partition(1, "ESP", 1, 300, Content::Fat),
                 partition(2, "STATE", 301, 64, state),
@@ -582,6 +606,7 @@ mod tests {
             observed.disks[1].removable = removable;
             let error = plan(&observed, &targets()).unwrap_err();
             assert!(error.starts_with("/dev/sda, /dev/sdb are flashed with the same image"), "{error}");
+            assert!(error.contains("copies of one another"), "{error}");
             assert!(error.ends_with("remove all but one"), "{error}");
         }
         let mut restarted = observed.clone();
@@ -590,6 +615,17 @@ mod tests {
         assert_eq!(steps(&restarted)[0], "grow partition 3 to the end of /dev/sdb", "one is in use already");
         observed.disks.remove(0);
         assert_eq!(steps(&observed)[0], "mount /dev/sdb1 at /esp read-only");
+    }
+
+    #[test]
+    fn a_flashed_disk_gets_ids_of_its_own_before_anything_else_and_no_other_disk_does() {
+        let mut observed = Observed { boot_partition: Some("sda-1".into()), ..Observed::default() };
+        observed.disks = ["sda", "sdb"].map(|name| disk(name, [Content::Blank, Content::Blank])).into();
+        assert!(!steps(&observed).iter().any(|step| step.contains("ids of their own")), "it has them");
+        observed.disks.iter_mut().for_each(|disk| disk.ids_of_the_image = true);
+        let steps = steps(&observed);
+        assert_eq!(steps[0], "give /dev/sda and its partitions ids of their own");
+        assert!(!steps[1..].iter().any(|step| step.contains("ids of their own")), "{steps:?}");
     }
 
     #[test]

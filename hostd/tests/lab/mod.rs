@@ -228,6 +228,11 @@ impl Notify {
         Self(socket)
     }
 
+    /// How long to wait for a message.
+    pub fn within(&self, deadline: Duration) {
+        self.0.set_read_timeout(Some(deadline)).unwrap();
+    }
+
     /// The next message. A machine that was stopped and goes on interrupts whoever waits with a deadline (signal(7)).
     pub fn recv(&self, buffer: &mut [u8]) -> std::io::Result<usize> {
         loop {

@@ -2,7 +2,7 @@
 //!
 //! Called by the test bridge. What vanishes while it is being read is passed over: a process that ended is no error.
 
-use super::{Inventory, LINE_LIMIT, Process, Reply, Request, Sandbox, Step, Target};
+use super::{Inventory, LINE_LIMIT, Process, Reply, Request, Sandbox, Step, Target, search};
 use anyhow::{Context, bail};
 use rustix::process::{Pid, Signal};
 use std::collections::BTreeSet;
@@ -16,7 +16,9 @@ use std::time::{Duration, Instant};
 const CGROUPS: &str = "/sys/fs/cgroup/atoll";
 const SANDBOXES: &str = "/data/sandboxes";
 const HALF_MADE: &str = "/data/images/tmp";
-const VOLUMES: &str = "/data/pods";
+const VOLUMES: [&str; 2] = ["/data/pods", "/run/atoll/volumes"];
+/// What of sandboxes is kept in memory alone, by their names.
+const CONFIDENTIAL: &str = "/run/atoll/runtime/confidential";
 const FILLER: &str = "/data/filler";
 /// How often [`Request::At`] looks: a container is made and started within a few of these.
 const LOOK: Duration = Duration::from_millis(2);
@@ -67,6 +69,10 @@ fn answer(request: &Request) -> anyhow::Result<Reply> {
             Reply::Sizes(
                 names_in(directory).into_iter().filter_map(size).map(|(size, name)| (name, size)).collect(),
             )
+        }
+        Request::Holders { directory, text } => {
+            let found = search::holders(directory.as_ref(), text.as_bytes())?;
+            Reply::Text(found.iter().map(|path| format!("{}\n", path.display())).collect())
         }
         Request::Fill { leave } => {
             fill(*leave)?;
@@ -202,7 +208,7 @@ fn newest(pod: &str) -> Option<Sandbox> {
 fn inventory() -> anyhow::Result<Inventory> {
     Ok(Inventory {
         // Records last: what is newer than they are would look like a leak for one moment more.
-        sandbox_directories: directories_in(SANDBOXES),
+        sandbox_directories: directories_in(SANDBOXES).into_iter().chain(names_in(CONFIDENTIAL)).collect(),
         processes: processes(),
         interfaces: names_in("/sys/class/net"),
         cgroups: cgroups(),
@@ -211,7 +217,7 @@ fn inventory() -> anyhow::Result<Inventory> {
         listeners: listeners(),
         filtered: filtered(),
         half_made: names_in(HALF_MADE),
-        volumes: names_in(VOLUMES),
+        volumes: VOLUMES.into_iter().flat_map(names_in).collect(),
         data_free: data_free()?,
         memory_available_kib: memory_available_kib(),
         sandboxes: records().into_iter().map(|(_, sandbox)| sandbox).collect(),

@@ -59,10 +59,12 @@ fn console_tells_each_phase_with_its_time() {
 }
 
 /// Every socket that somebody could speak to first, and who may. `*` stands for a number or an id.
-const SOCKETS: [(&str, &str); 10] = [
+const SOCKETS: [(&str, &str); 12] = [
     ("tcp 0.0.0.0:10250", "kubelet API: client certificate or token, and the API server is asked"),
     ("tcp 127.0.0.1:*", "the runtime's streaming server: a token of one use, given to the agent over CRI"),
     ("packet 0800", "hostd's DHCP client: answers to its own questions"),
+    ("packet 0806", "hostd's probe for an address that DHCP gives: who has it says so"),
+    ("packet 86dd", "what IPv6 routers advertise: whole, and from the link itself, by its hop limit"),
     ("unix /run/atoll/init/bus.sock", "D-Bus of PID 1: root only, by peer credentials"),
     ("unix /run/atoll/init/notify.sock", "readiness of services: who speaks is known by cgroup"),
     ("unix /run/atoll/hostd/metrics.sock", "metrics and health: by file mode"),

@@ -21,6 +21,8 @@ const COPIES: [u64; 9] = [0, 1, 3, 5, 7, 9, 25, 27, 49];
 
 /// What the console said in each boot, and what came of it.
 struct Story {
+    /// A disk as it was flashed.
+    flashed: String,
     /// DATA's superblock is scrap, STATE is empty, the config has no token.
     damaged: String,
     /// The same disk, and a config with a token.
@@ -54,6 +56,7 @@ fn go_through() -> anyhow::Result<Story> {
     apply_script(lab, INDEX, "stored", (BUSYBOX, STAYS), "Always")?;
     lab.supervisor.wait_field("pod", "stored", "{.status.phase}", "Running", POD)?;
     let first_boot = boot_id(lab, INDEX)?;
+    let flashed = console(&machine, 0);
     power_off(&mut machine)?;
 
     let data = machine.spec().volume("DATA")?;
@@ -87,7 +90,7 @@ fn go_through() -> anyhow::Result<Story> {
     let beginning = data.read(0, 1 << 20)?;
     lab.supervisor.kubectl_ok(&["delete", "pod", "stored", "--force", "--grace-period=0"])?;
     lab.supervisor.kubectl_ok(&["delete", "node", &node])?;
-    Ok(Story { damaged, joined_again, log, full, full_events, beyond_repair, beginning })
+    Ok(Story { flashed, damaged, joined_again, log, full, full_events, beyond_repair, beginning })
 }
 
 /// Leaves four MiB on DATA, asks for a pod whose image is new, and frees DATA again: the pod then runs.
@@ -126,6 +129,18 @@ fn data_with_a_damaged_file_system_is_repaired_at_boot() -> anyhow::Result<()> {
     says(&story.damaged, &["(DATA) was damaged and is repaired from its backup", "check all of /dev/vda3"])?;
     ensure!(!story.damaged.contains("format /dev/vda3"), "DATA was formatted:\n{}", story.damaged);
     ensure!(story.log.ends_with("ran\n"), "the pod did not run from what DATA holds: {:?}", story.log);
+    Ok(())
+}
+
+#[test]
+fn flashed_disk_gets_ids_of_its_own_and_is_found_by_them() -> anyhow::Result<()> {
+    let story = story()?;
+    let given = "give /dev/vda and its partitions ids of their own";
+    says(&story.flashed, &[given, "format /dev/vda3 as DATA"])?;
+    for later in [&story.damaged, &story.joined_again] {
+        ensure!(!later.contains(given), "it was given others again:\n{later}");
+        says(later, &["mount /dev/vda3 at /data"])?;
+    }
     Ok(())
 }
 

@@ -236,6 +236,49 @@ fn environment_comes_from_everywhere() -> anyhow::Result<()> {
 }
 
 #[test]
+fn nothing_of_a_secret_reaches_the_disk() -> anyhow::Result<()> {
+    const SAYS: &str = "unsaid-7c41e09b";
+    let lab = &ready_lab();
+    lab.supervisor.apply(&format!(
+        "apiVersion: v1\nkind: Secret\nmetadata: {{name: unsaid}}\nstringData: {{word: {SAYS}}}\n"
+    ))?;
+    let pod = apply_pod(
+        lab,
+        "discreet",
+        &format!(
+            "  terminationGracePeriodSeconds: 1
+  containers:
+  - name: main
+    image: {BUSYBOX}
+    command: [/bin/sh, -c, 'test -n \"$1\" && exec sleep 3600', sh, $(WORD)]
+    env:
+    - {{name: WORD, valueFrom: {{secretKeyRef: {{name: unsaid, key: word}}}}}}
+    volumeMounts:
+    - {{name: whole, mountPath: /whole}}
+    - {{name: whole, mountPath: /one, subPath: word}}
+    - {{name: projected, mountPath: /projected}}
+  volumes:
+  - {{name: whole, secret: {{secretName: unsaid}}}}
+  - {{name: projected, projected: {{sources: [{{secret: {{name: unsaid}}}}]}}}}
+"
+        ),
+    )?;
+    pod.wait_phase("Running")?;
+    let seen = pod.exec(&["/bin/sh", "-c", "echo $(cat /whole/word /one /projected/word)$WORD"])?;
+    assert_eq!(seen.trim(), SAYS.repeat(4));
+    let host = lab.inspector();
+    for place in ["/data", "/state"] {
+        assert_eq!(host.holders(place, SAYS)?, "", "below {place}");
+    }
+    let in_memory = host.holders("/run/atoll", SAYS)?;
+    assert!(in_memory.contains("/run/atoll/volumes/"), "the search finds what is there: {in_memory}");
+    pod.delete()?;
+    wait_for("nothing of it to be left in memory", Duration::from_secs(30), || {
+        Ok(host.holders("/run/atoll", SAYS)?.is_empty().then_some(()))
+    })
+}
+
+#[test]
 fn probes_gate_readiness_and_restart() -> anyhow::Result<()> {
     let pod = apply_pod(
         &ready_lab(),

@@ -10,6 +10,7 @@
 //! for a guest, a VMM or a network; so status is answered at once, and no pod waits for another.
 
 pub mod admission;
+mod confidential;
 pub mod container;
 mod containers;
 mod guests;

@@ -289,7 +289,7 @@ impl Owner {
     pub(super) fn save(&mut self, id: &SandboxId) {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return };
         let containers = self.containers.values().filter(|c| c.sandbox == *id);
-        let result = recover::save(&self.shared.config.sandboxes(), sandbox, containers);
+        let result = recover::save(&self.shared.config, sandbox, containers);
         sandbox.saved = result.is_ok();
         if let Err(error) = result {
             tracing::error!(sandbox = %id, %error, "cannot write the sandbox's state: a restart would not find it");

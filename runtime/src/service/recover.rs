@@ -5,7 +5,9 @@
 //! containers have exited. Invariants: a file is replaced whole or not at all; what cannot be read is put aside,
 //! never guessed.
 
+use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::service::confidential::{self, Confidential, Words};
 use crate::service::container::{ContainerPhase, Ended};
 use crate::service::guests::Attention;
 use crate::service::owner::{Container, Owner, Sandbox};
@@ -131,7 +133,7 @@ fn replace(path: &Path, content: &[u8]) -> Result<()> {
 
 /// Writes a sandbox's record.
 pub(super) fn save<'a>(
-    root: &Path,
+    config: &Config,
     sandbox: &Sandbox,
     containers: impl Iterator<Item = &'a Container>,
 ) -> Result<()> {
@@ -142,16 +144,20 @@ pub(super) fn save<'a>(
         SandboxPhase::NotReady { reason } => SandboxRecord::NotReady { reason: reason.clone() },
         SandboxPhase::Removing => SandboxRecord::NotReady { reason: "being removed".to_owned() },
     };
+    let mut words = Words::new();
     let containers = containers
         .filter_map(|c| {
+            let phase = PhaseRecord::of(&c.phase)?;
+            let (mut spec, mut process) = (c.spec.clone(), c.process.clone());
+            words.insert(c.id.clone(), Confidential::take(&mut spec, &mut process));
             Some(ContainerRecord {
                 id: c.id.clone(),
-                spec: c.spec.clone(),
-                phase: PhaseRecord::of(&c.phase)?,
+                spec,
+                phase,
                 created_ns: c.created_ns,
                 image_id: c.image_id.clone(),
                 image_ref: c.image_ref.clone(),
-                process: c.process.clone(),
+                process,
                 log_path: c.log_path.clone(),
                 stop_signal: c.stop_signal,
                 copy_back: c.copy_back.clone(),
@@ -174,7 +180,9 @@ pub(super) fn save<'a>(
         containers,
     };
     let json = serde_json::to_vec(&record).map_err(|e| Error::Invalid(e.to_string()))?;
-    replace(&root.join(sandbox.id.as_str()).join(FILE), &json)
+    // First what the record needs.
+    confidential::keep(config, &sandbox.id, &words)?;
+    replace(&config.sandboxes().join(sandbox.id.as_str()).join(FILE), &json)
 }
 
 /// Makes a sandbox's record, as it is now or newer, outlive a power cut.
@@ -195,9 +203,10 @@ pub(super) fn sync(root: &Path, id: &SandboxId) -> Result<()> {
     Err(Error::State(format!("{} is replaced faster than it can be synced", path.display())))
 }
 
-/// Removes a sandbox's directory. Its record goes first, so that half a removal is finished at the next start.
-pub(super) fn delete(root: &Path, id: &SandboxId) -> Result<()> {
-    let directory = root.join(id.as_str());
+/// Removes a sandbox's directory. Its record goes before it, so that half a removal is finished at the next start.
+pub(super) fn delete(config: &Config, id: &SandboxId) -> Result<()> {
+    let directory = config.sandboxes().join(id.as_str());
+    confidential::forget(config, id)?;
     for result in [fs::remove_file(directory.join(FILE)), fs::remove_dir_all(&directory)] {
         match result {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(Error::io("remove", &directory)(e)),
@@ -220,6 +229,7 @@ impl Owner {
     /// Takes over what a predecessor left. To be called once, before [`Owner::run`].
     pub async fn recover(&mut self) -> Result<()> {
         let root = self.shared.config.sandboxes();
+        confidential::forget_strays(&self.shared.config)?;
         let entries = fs::read_dir(&root).map_err(Error::io("read", &root))?;
         for entry in entries {
             let entry = entry.map_err(Error::io("read", &root))?;
@@ -245,14 +255,22 @@ impl Owner {
             Err(e) => Err(e.to_string()),
         };
         match record {
-            Ok(record) if record.version == VERSION && record.id == id => self.take_over(record).await,
+            Ok(mut record) if record.version == VERSION && record.id == id => {
+                let mut words = confidential::recall(&self.shared.config, &id);
+                for container in &mut record.containers {
+                    if let Some(words) = words.remove(&container.id) {
+                        words.put(&mut container.spec, &mut container.process);
+                    }
+                }
+                self.take_over(record).await;
+            }
             other => {
                 let why = other.err().unwrap_or_else(|| "it is of another version".to_owned());
                 tracing::warn!(sandbox = %id, why, "sandbox without a usable state is removed");
                 if let Err(error) = self.shared.launcher.host.clear(&id).await {
                     tracing::error!(sandbox = %id, %error, "cannot clean up");
                 }
-                if let Err(error) = delete(root, &id) {
+                if let Err(error) = delete(&self.shared.config, &id) {
                     tracing::error!(sandbox = %id, %error, "cannot remove");
                 }
             }
@@ -294,7 +312,7 @@ impl Owner {
         launch::unwind(&self.shared.launcher, &remains).await;
         if launching {
             self.sandboxes.remove(&id);
-            if let Err(error) = delete(&self.shared.config.sandboxes(), &id) {
+            if let Err(error) = delete(&self.shared.config, &id) {
                 tracing::error!(sandbox = %id, %error, "cannot remove a sandbox's directory");
             }
         } else if had_vm {

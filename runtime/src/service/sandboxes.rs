@@ -181,7 +181,7 @@ impl Owner {
                 answer(waiter, Ok(()));
             }
         }
-        if let Err(error) = recover::delete(&self.shared.config.sandboxes(), id) {
+        if let Err(error) = recover::delete(&self.shared.config, id) {
             tracing::error!(sandbox = %id, %error, "cannot remove a sandbox's directory");
         }
     }
@@ -309,9 +309,9 @@ impl Owner {
         if !self.move_sandbox(id, &SandboxEvent::RemoveAsked) {
             return;
         }
-        let (directory, id) = (self.shared.config.sandboxes(), id.clone());
+        let (shared, id) = (self.shared.clone(), id.clone());
         self.jobs.spawn_blocking(move || {
-            let result = recover::delete(&directory, &id);
+            let result = recover::delete(&shared.config, &id);
             Done::SandboxRemoved(id, result)
         });
     }
