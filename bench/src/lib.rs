@@ -16,4 +16,5 @@ pub mod chart;
 pub mod figure;
 pub mod host;
 pub mod machine;
+pub mod reference;
 pub mod scripted;

@@ -5,7 +5,7 @@ use anyhow::Context;
 use atoll_bench::budgets::{self, Verdict};
 use atoll_bench::figure::{Figure, Unit};
 use atoll_bench::scripted::Scope;
-use atoll_bench::{boot, chart, machine};
+use atoll_bench::{boot, chart, machine, reference};
 use atoll_qemu_test::artifacts::{Artifacts, Profile};
 use atoll_qemu_test::progress::Progress;
 use clap::Parser;
@@ -46,6 +46,9 @@ fn run(arguments: &Arguments) -> anyhow::Result<bool> {
     let mut progress = Progress::default();
     progress.step("build the host's programs", || artifacts.build_binaries())?;
     progress.step("build the bench's programs", || artifacts.build_bench())?;
+    progress
+        .step("pack the build machine's QEMU", || reference::pack(&artifacts.binary(reference::ARCHIVE)))?;
+    progress.step("build the release image", || artifacts.build_image(Profile::Release))?;
     progress.step("build the bench image", || artifacts.build_image(Profile::Bench))?;
     let directory = artifacts.out().join("bench");
     let mut measure = |name: &str| {
@@ -79,7 +82,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<bool> {
 }
 
 fn size(artifacts: &Artifacts) -> anyhow::Result<Vec<Figure>> {
-    let uki = artifacts.uki(Profile::Bench);
+    let uki = artifacts.uki(Profile::Release);
     let bytes = std::fs::metadata(&uki).with_context(|| format!("cannot find {}", uki.display()))?.len();
     Ok(vec![Figure::new("size.uki", bytes as f64 / f64::from(1 << 20), Unit::Mib)])
 }

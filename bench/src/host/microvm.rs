@@ -3,6 +3,7 @@
 
 use super::clock::ms;
 use crate::figure::{Figure, Unit, median};
+use crate::reference;
 use anyhow::{Context, ensure};
 use atoll_image::cpio::Archive;
 use atoll_runtime::config::Config;
@@ -27,11 +28,6 @@ const DEADLINE: Duration = Duration::from_secs(120);
 const DIRECTORY: &str = "/run/atoll-bench";
 /// The first process, which is also what pods run.
 const FIRST: &str = "/usr/bin/atoll-bench-pod";
-/// Where QEMU is, with its firmware beside it.
-const QEMU: &str = "/usr/bin/qemu-system-x86_64";
-/// Firmware and option ROMs of QEMU.
-const QEMU_DATA: &str = "/usr/share/qemu";
-
 #[derive(Parser)]
 struct Defaults {
     #[command(flatten)]
@@ -63,6 +59,9 @@ pub async fn measure(samples: usize) -> anyhow::Result<Vec<Figure>> {
     let mut archive = Archive::default();
     archive.file("init", 0o755, &std::fs::read(FIRST).with_context(|| format!("cannot read {FIRST}"))?);
     std::fs::write(&bench.initramfs, archive.finish()).context("cannot write the initramfs")?;
+    let packed = Path::new("/usr/bin").join(reference::ARCHIVE);
+    let packed = File::open(&packed).with_context(|| format!("cannot open {}", packed.display()))?;
+    tar::Archive::new(packed).unpack(Path::new(DIRECTORY).join("qemu")).context("cannot unpack QEMU")?;
     let host = LinuxHost::new(&bench.config);
     let (mut ours, mut qemu) = (Vec::new(), Vec::new());
     for number in 0..samples {
@@ -123,9 +122,14 @@ impl Bench {
 
     /// QEMU's smallest machine: no PCI, no ACPI tables of devices, no serial port.
     fn qemu(&self) -> anyhow::Result<f64> {
-        let mut command = Command::new(QEMU);
+        let directory = Path::new(DIRECTORY).join("qemu");
+        let mut command = Command::new(directory.join(reference::LOADER));
         command
-            .args(["-L", QEMU_DATA, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
+            .arg("--library-path")
+            .args([&directory, &directory.join(reference::PROGRAM)])
+            .arg("-L")
+            .arg(&directory)
+            .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
             .args(["-M", "microvm,accel=kvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=off"])
             .args(["-cpu", "host", "-smp", "1", "-m", &MEMORY.0.to_string()])
             .arg("-kernel")
@@ -136,7 +140,7 @@ impl Bench {
             .args(["-append", &cmdline(false).replace("reboot=k", "reboot=t")])
             .stdin(Stdio::null());
         let begun = Instant::now();
-        let output = command.output().with_context(|| format!("cannot run {QEMU}"))?;
+        let output = command.output().context("cannot run QEMU")?;
         let time = ms(begun.elapsed());
         let said = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "QEMU ended with {}: {said}", output.status);
