@@ -12,7 +12,7 @@ pub const PROGRAM: &str = "qemu-system-x86_64";
 /// The dynamic loader in the archive: the image has another C library than the build machine.
 pub const LOADER: &str = "ld-linux-x86-64.so.2";
 /// Firmware of the `microvm` machine, and what it loads to start a kernel.
-const FIRMWARE: [&str; 3] = ["bios-microvm.bin", "linuxboot_dma.bin", "pvh.bin"];
+const FIRMWARE: [&str; 3] = ["linuxboot_dma.bin", "pvh.bin", "qboot.rom"];
 
 /// Packs QEMU, everything that it loads, and its firmware, flat.
 ///

@@ -208,7 +208,7 @@ impl Artifacts {
         let mut dynamic = self.cargo();
         dynamic.args(["build", "--release", "--locked", "-p", "atoll-bench", "--bin", "atoll-bench-host"]);
         self.run("bench-host", &mut dynamic)?;
-        self.run("bench-pod", &mut self.static_build(&[("atoll-bench", "atoll-bench-pod")]))?;
+        self.run("bench-pod", &mut self.static_build(&[("atoll-bench-pod", "atoll-bench-pod")]))?;
         self.collect([("atoll-bench-host", Linked::Dynamically), ("atoll-bench-pod", Linked::Statically)])
     }
 

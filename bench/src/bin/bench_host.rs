@@ -38,7 +38,7 @@ async fn measure() -> anyhow::Result<()> {
     let layer = Layer::default().file("bench", 0o755, &program)?;
     let image = registry.push("bench", &Image::new(vec![layer], json!({ "Cmd": ["/bench", "paced"] }))?);
 
-    let mut pods = Pods { cluster, runtime: wait_for_runtime().await?, image };
+    let mut pods = Pods { cluster, runtime: wait_for_runtime().await?, image, started: 0 };
     pods.wait_ready().await?;
     print([
         Figure::new("boot.firmware", ms(firmware()), Unit::Ms),

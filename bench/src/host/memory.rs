@@ -39,8 +39,10 @@ pub fn services(pods: usize) -> anyhow::Result<Vec<Figure>> {
     let mut figures = Vec::new();
     for service in ["init", "hostd", "runtime", "agent"] {
         let program = format!("atoll-{service}");
-        let pid = processes.iter().find(|(_, name)| *name == program).map(|(pid, _)| *pid);
-        let pid = pid.with_context(|| format!("{program} does not run"))?;
+        let found = processes.iter().find(|(_, name)| *name == program).map(|(pid, _)| *pid);
+        // The first process was executed by another name.
+        let first = (service == "init").then_some(1);
+        let pid = first.or(found).with_context(|| format!("{program} does not run"))?;
         let rss = field(Path::new(&format!("/proc/{pid}/status")), "VmRSS");
         figures.push(Figure::new(format!("memory.{service}.pods-{pods}"), rss / MIB, Unit::Mib));
     }

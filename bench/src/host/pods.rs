@@ -28,6 +28,8 @@ pub struct Pods {
     pub runtime: Runtime,
     /// What the pods run.
     pub image: String,
+    /// How many were started for a figure: no two have the same name.
+    pub started: usize,
 }
 
 /// One start of a pod, in milliseconds from the watch event on.
@@ -149,8 +151,9 @@ impl Pods {
     /// When one does not run.
     pub async fn starts(&mut self, beside: usize, samples: usize) -> anyhow::Result<Vec<Figure>> {
         let mut starts = Vec::new();
-        for number in 0..samples {
-            let name = format!("start-{beside}-{number}");
+        for _ in 0..samples {
+            self.started += 1;
+            let name = format!("start-{}", self.started);
             starts.push(self.start(&name).await?);
             self.delete(&name).await?;
         }

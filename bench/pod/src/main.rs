@@ -16,7 +16,8 @@ const PAUSE: Duration = Duration::from_secs(5);
 
 fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    if std::process::id() == 1 && arguments.is_empty() {
+    // The kernel names its first process so, and gives it whatever of its own command line it does not know.
+    if std::env::args().next().is_some_and(|name| name == "/init") {
         rustix::system::reboot(rustix::system::RebootCommand::Restart).context("cannot restart")?;
     }
     let paced = arguments.first().is_some_and(|first| first == "paced");
