@@ -68,6 +68,12 @@ soak *filter: (_tool "suite")
 fuzz seconds="200" *targets:
     @fuzz/soak.sh "$@"
 
+# Measure the host under a repeatable clock (one instruction is one nanosecond), and check bench/budgets.toml
+[positional-arguments]
+bench *arguments: setup
+    @cargo build --quiet --locked -p atoll-bench --bin bench
+    @{{ CARGO_TARGET_DIR }}/debug/bench "$@"
+
 # Build every artefact: programs, Supervisor, release and test image (into out/)
 build: (_tool "lab")
     @{{ lab }} build

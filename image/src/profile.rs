@@ -56,6 +56,9 @@ pub struct Service {
     /// Services that must be ready first.
     #[serde(default)]
     pub after: Vec<String>,
+    /// Whether it has every capability and 2 GiB of memory.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub privileged: bool,
 }
 
 /// Sizes of the partitions, in MiB.

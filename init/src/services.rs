@@ -164,6 +164,9 @@ struct TestService {
     command: Vec<String>,
     #[serde(default)]
     after: Vec<String>,
+    /// All capabilities, and memory for virtual machines of its own.
+    #[serde(default)]
+    privileged: bool,
 }
 
 /// The table and, in a test image, the services of its file.
@@ -197,8 +200,12 @@ pub fn with_tests(sys: &dyn Syscalls) -> Result<Vec<Service>> {
             start_deadline: Duration::from_secs(30),
             stop_deadline: Duration::from_secs(3),
             watchdog: None,
-            confinement: confinement(ROOT, TEST, 4096),
-            limits: Limits { memory_min_mib: 0, memory_max_mib: 256, processes: 256 },
+            confinement: confinement(ROOT, if service.privileged { TEST | RUNTIME } else { TEST }, 4096),
+            limits: Limits {
+                memory_min_mib: 0,
+                memory_max_mib: if service.privileged { 2048 } else { 256 },
+                processes: 256,
+            },
         });
     }
     Ok(services)

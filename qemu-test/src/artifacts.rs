@@ -26,6 +26,13 @@ const STATIC: [&str; 4] = ["atoll-init", "atoll-vmm", "atoll-guest", "atollctl"]
 /// Crates whose binaries run in the system tree, beside Debian's C library.
 const DYNAMIC: [&str; 4] = ["atoll-hostd", "atoll-runtime", "atoll-agent", "atoll-image"];
 
+/// How a program has its C library.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Linked {
+    Dynamically,
+    Statically,
+}
+
 /// Which image of the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Profile {
@@ -33,6 +40,8 @@ pub enum Profile {
     Release,
     /// The same and the bridge that carries the CRI socket onto the test network.
     Test,
+    /// The release and the bench that measures it from inside.
+    Bench,
 }
 
 impl Profile {
@@ -41,6 +50,7 @@ impl Profile {
         match self {
             Self::Release => "release",
             Self::Test => "test",
+            Self::Bench => "bench",
         }
     }
 }
@@ -82,6 +92,11 @@ impl Artifacts {
     /// The disk image of a profile.
     pub fn image(&self, profile: Profile) -> PathBuf {
         self.out().join(profile.name()).join("atoll.raw")
+    }
+
+    /// The unified kernel image of a profile.
+    pub fn uki(&self, profile: Profile) -> PathBuf {
+        self.out().join(profile.name()).join("atoll.efi")
     }
 
     /// The Supervisor's binary for the sources as they are.
@@ -179,36 +194,61 @@ impl Artifacts {
             dynamic.args(["-p", name, "--bin", name]);
         }
         self.run("programs", &mut dynamic)?;
-        let mut fixed = self.cargo();
-        fixed.env("RUSTFLAGS", "-C target-feature=+crt-static").args([
+        self.run("static-programs", &mut self.static_build(&STATIC.map(|name| (name, name))))?;
+        let dynamic = DYNAMIC.iter().chain(&["atoll-test-bridge"]).map(|name| (*name, Linked::Dynamically));
+        self.collect(dynamic.chain(STATIC.iter().map(|name| (*name, Linked::Statically))))
+    }
+
+    /// Builds the programs of the bench image that are not the host's. Apart from those, which must not get other features
+    /// of their libraries for it.
+    ///
+    /// # Errors
+    /// With the end of Cargo's log.
+    pub fn build_bench(&self) -> anyhow::Result<()> {
+        let mut dynamic = self.cargo();
+        dynamic.args(["build", "--release", "--locked", "-p", "atoll-bench", "--bin", "atoll-bench-host"]);
+        self.run("bench-host", &mut dynamic)?;
+        self.run("bench-pod", &mut self.static_build(&[("atoll-bench-pod", "atoll-bench-pod")]))?;
+        self.collect([("atoll-bench-host", Linked::Dynamically), ("atoll-bench-pod", Linked::Statically)])
+    }
+
+    /// Builds (package, program) pairs as static binaries.
+    fn static_build(&self, programs: &[(&str, &str)]) -> Command {
+        let mut command = self.cargo();
+        command.env("RUSTFLAGS", "-C target-feature=+crt-static").args([
             "build",
             "--release",
             "--locked",
             "--target",
             STATIC_TARGET,
         ]);
-        for name in STATIC {
-            fixed.args(["-p", name, "--bin", name]);
+        for (package, program) in programs {
+            command.args(["-p", package, "--bin", program]);
         }
-        self.run("static-programs", &mut fixed)?;
+        command
+    }
+
+    /// Copies release binaries to `out/bin`.
+    fn collect<'a>(&self, programs: impl IntoIterator<Item = (&'a str, Linked)>) -> anyhow::Result<()> {
         let bin = self.out().join("bin");
         std::fs::create_dir_all(&bin)?;
-        let release = self.target().join("release");
-        let fixed_release = self.target().join(STATIC_TARGET).join("release");
-        let all = DYNAMIC
-            .iter()
-            .chain(&["atoll-test-bridge"])
-            .map(|n| (n, &release))
-            .chain(STATIC.iter().map(|n| (n, &fixed_release)));
-        for (name, from) in all {
-            let from = from.join(name);
+        for (name, linked) in programs {
+            let target = match linked {
+                Linked::Dynamically => self.target(),
+                Linked::Statically => self.target().join(STATIC_TARGET),
+            };
+            let from = target.join("release").join(name);
             std::fs::copy(&from, bin.join(name))
                 .with_context(|| format!("cannot copy {}", from.display()))?;
         }
         Ok(())
     }
 
-    fn build_image(&self, profile: Profile) -> anyhow::Result<()> {
+    /// Builds the image of a profile from `out/bin`.
+    ///
+    /// # Errors
+    /// With the end of the builder's log.
+    pub fn build_image(&self, profile: Profile) -> anyhow::Result<()> {
         let mut command = Command::new(self.binary("atoll-image"));
         command
             .current_dir(&self.root)

@@ -1,9 +1,9 @@
 //! The control plane goes away, comes back, forgets, is overloaded: pods do not notice, and the node's truth is right
 //! afterwards.
 
-use crate::cluster::{POD_CIDR, Reach};
 use crate::host::{Host, LEASE, NODE, PODS, SOON, until};
 use crate::runtime::Events;
+use atoll_scripted_cluster::{POD_CIDR, Reach};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 

@@ -1,8 +1,8 @@
 //! Callers of the kubelet API, over real TLS: whoever has no business here is refused with the right status, and
 //! nothing is done.
 
-use crate::cluster::{Reach, authority, client_certificate};
 use crate::host::{Host, PODS, SOON};
+use atoll_scripted_cluster::{Reach, authority, client_certificate};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree as _;
 use proptest::test_runner::TestRunner;

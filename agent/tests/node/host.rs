@@ -1,7 +1,7 @@
 //! The real agent as a process, between a scripted control plane and a pretend runtime.
 
-use crate::cluster::{Cluster, TOKEN};
 use crate::runtime::{Events, Runtime};
+use atoll_scripted_cluster::{Cluster, TOKEN};
 use atoll_spec::node::{AgentConfig, AgentStatus, JoinConfig};
 use serde_json::{Value, json};
 use std::path::PathBuf;

@@ -1,8 +1,8 @@
 //! A node on which nothing happens costs next to nothing: calls and processor time, counted.
 
-use crate::cluster::Reach;
 use crate::host::{Host, SOON, until};
 use crate::runtime::Events;
+use atoll_scripted_cluster::Reach;
 use serde_json::Value;
 use std::time::{Duration, Instant};
 

@@ -1,8 +1,8 @@
 //! Joining: every way in which it can fail, what the console is told, and that it comes right by itself.
 
-use crate::cluster::{Life, Reach, Seen, TOKEN, YEAR, authority};
 use crate::host::{Host, NODE, SOON, until};
 use crate::runtime::Events;
+use atoll_scripted_cluster::{Life, Reach, Seen, TOKEN, YEAR, authority};
 use atoll_spec::node::JoinState;
 use std::time::{Duration, Instant};
 

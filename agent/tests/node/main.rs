@@ -5,7 +5,6 @@
 
 mod away;
 mod callers;
-mod cluster;
 mod crashing;
 mod host;
 mod idle;

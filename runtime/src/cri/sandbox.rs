@@ -12,7 +12,9 @@ use atoll_cri::v1::{
     StopPodSandboxResponse,
 };
 use atoll_spec::units::MiB;
+use serde_json::{Value, json};
 use std::collections::HashMap;
+use std::time::Duration;
 use tonic::Status;
 
 /// Annotation that lists the host directories which are volumes in the guest.
@@ -80,8 +82,9 @@ impl Cri {
                 SandboxPhase::NotReady { reason } => reason.clone(),
                 phase => format!("{phase:?}"),
             };
+            let machine = self.machine(&view).await;
             let (memory, vcpus) = (view.spec.memory.0, view.spec.vcpus);
-            let text = serde_json::json!({ "phase": reason, "memoryMiB": memory, "vcpus": vcpus });
+            let text = json!({ "phase": reason, "memoryMiB": memory, "vcpus": vcpus, "machine": machine });
             info.insert("info".to_owned(), text.to_string());
         }
         Ok(PodSandboxStatusResponse {
@@ -90,6 +93,23 @@ impl Cri {
             containers_statuses: containers.iter().map(super::container::container_status).collect(),
             timestamp: crate::vm::launch::unix_ns(),
         })
+    }
+
+    /// What a running machine can tell of its launch and of its exits to the VMM; null when there is none.
+    async fn machine(&self, view: &SandboxView) -> Value {
+        let Ok(vm) = self.vm_of(view.id.as_str()).await else { return Value::Null };
+        let launch = vm.launched.map(|times| {
+            let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+            json!({
+                "claimUs": us(times.claim),
+                "jailUs": us(times.jail),
+                "guestUs": us(times.guest),
+                "configureUs": us(times.configure),
+            })
+        });
+        let stats = vm.vmm_stats().await.ok();
+        let (exits, steps) = stats.map(|s| (s.exits, s.launch_us)).unzip();
+        json!({ "vmmPid": vm.process.pid, "launch": launch, "exits": exits, "vmmStepsUs": steps })
     }
 
     pub(super) async fn list_sandboxes(

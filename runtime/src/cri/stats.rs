@@ -29,7 +29,7 @@ fn number(value: u64) -> Option<UInt64Value> {
 }
 
 impl Cri {
-    async fn vm_of(&self, sandbox: &str) -> Result<Arc<PodVm>, Status> {
+    pub(super) async fn vm_of(&self, sandbox: &str) -> Result<Arc<PodVm>, Status> {
         let id = sandbox.to_owned();
         self.service.ask(|reply| Command::UseSandbox(id, reply)).await.map(|s| s.vm).map_err(status)
     }

@@ -341,7 +341,7 @@ impl Owner {
         launcher.door.admit(remains.cid, link.clone());
         let window = Window::restore(extents);
         let (sandbox, host) = (remains.sandbox.clone(), launcher.host.clone());
-        Ok(Some(PodVm::new(sandbox, remains.cid, link, vmm, process, host, window)))
+        Ok(Some(PodVm::new(sandbox, remains.cid, link, vmm, process, host, window, None)))
     }
 
     /// Containers that were made but not started dial the stream that they were told then.

@@ -16,7 +16,7 @@ use crate::vm::client::{self, VmmClient};
 use crate::vm::guest::{Door, GuestLink, GuestNews};
 use crate::vm::host::{BootFiles, Host, VmmOrder, VmmProcess};
 use crate::vm::network::Port;
-use crate::vm::pod::PodVm;
+use crate::vm::pod::{LaunchTimes, PodVm};
 use crate::vm::scratch::Scratch;
 use crate::vm::window::Window;
 use atoll_spec::guest::{Call, GuestConfig};
@@ -253,7 +253,7 @@ fn open_console(plan: &Plan) -> Result<File> {
 }
 
 /// The guest kernel's command line; the VMM adds the devices.
-fn cmdline(console: bool) -> String {
+pub fn cmdline(console: bool) -> String {
     let output = if console { "console=ttyS0" } else { "quiet 8250.nr_uarts=0" };
     format!(
         "{output} reboot=k panic=1 swiotlb=noforce no_timer_check rcupdate.rcu_expedited=1 random.trust_cpu=on"
@@ -302,16 +302,23 @@ impl Jailed {
                 });
             }
         };
+        let times = LaunchTimes {
+            claim: claimed,
+            jail: booted - claimed,
+            guest: hello - booted,
+            configure: started.elapsed() - hello,
+        };
         tracing::info!(
             sandbox = %plan.sandbox,
             address = %plan.port.address,
-            claim_ms = claimed.as_millis() as u64,
-            jail_ms = (booted - claimed).as_millis() as u64,
-            guest_ms = (hello - booted).as_millis() as u64,
-            configure_ms = (started.elapsed() - hello).as_millis() as u64,
+            claim_ms = times.claim.as_millis() as u64,
+            jail_ms = times.jail.as_millis() as u64,
+            guest_ms = times.guest.as_millis() as u64,
+            configure_ms = times.configure.as_millis() as u64,
             "virtual machine is up"
         );
-        Ok(PodVm::new(plan.sandbox, plan.cid, link, vmm, process, launcher.host.clone(), Window::default()))
+        let (host, window) = (launcher.host.clone(), Window::default());
+        Ok(PodVm::new(plan.sandbox, plan.cid, link, vmm, process, host, window, Some(times)))
     }
 }
 

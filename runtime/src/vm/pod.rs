@@ -27,6 +27,19 @@ pub const CALL_DEADLINE: Duration = Duration::from_secs(30);
 /// How long a guest may take to power off before it is killed.
 const POWER_OFF_DEADLINE: Duration = Duration::from_secs(5);
 
+/// How long the phases of a launch took.
+#[derive(Debug, Clone, Copy)]
+pub struct LaunchTimes {
+    /// VMM process, network and scratch disk.
+    pub claim: Duration,
+    /// The VMM builds the machine and enters its jail.
+    pub jail: Duration,
+    /// The guest boots, until its first process calls.
+    pub guest: Duration,
+    /// The guest is told who it is.
+    pub configure: Duration,
+}
+
 /// A running pod VM.
 pub struct PodVm {
     /// Whose.
@@ -37,6 +50,8 @@ pub struct PodVm {
     pub link: Arc<GuestLink>,
     /// Its VMM process.
     pub process: VmmProcess,
+    /// How long its launch took; unknown for one that a predecessor of this process launched.
+    pub launched: Option<LaunchTimes>,
     vmm: VmmClient,
     host: Arc<dyn Host>,
     window: Mutex<Window>,
@@ -44,6 +59,10 @@ pub struct PodVm {
 
 impl PodVm {
     /// From its parts.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each is one part, and its two callers have them one by one"
+    )]
     pub fn new(
         sandbox: SandboxId,
         cid: GuestCid,
@@ -52,8 +71,9 @@ impl PodVm {
         process: VmmProcess,
         host: Arc<dyn Host>,
         window: Window,
+        launched: Option<LaunchTimes>,
     ) -> Arc<Self> {
-        Arc::new(Self { sandbox, cid, link, process, vmm, host, window: Mutex::new(window) })
+        Arc::new(Self { sandbox, cid, link, process, launched, vmm, host, window: Mutex::new(window) })
     }
 
     /// Brings layers into the window, the lowest first.

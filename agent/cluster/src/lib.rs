@@ -1,5 +1,17 @@
 //! A scripted control plane: what the agent needs of an API server, over real TLS, with every fault that a test asks
-//! for. It signs certificates, keeps objects, lets pods be watched, and notes each request.
+//! for. It signs certificates, keeps objects, lets pods be watched, and notes each request with its time.
+//!
+//! Used by the agent's own tests, and by the bench inside the booted host, where the real one would take the processor
+//! from what is measured. Whatever is asked of it that no agent asks is a defect of the caller: it panics.
+
+mod authority;
+mod world;
+
+pub use crate::authority::{Ca, Life, YEAR, authority, authority_of, client_certificate, pin};
+pub use crate::world::Change;
+
+use crate::authority::{common_name, server_tls};
+use crate::world::{COLLECTIONS, Fault, World, failure, reply};
 
 use base64::Engine as _;
 use base64::prelude::{BASE64_STANDARD, BASE64_URL_SAFE_NO_PAD};
@@ -10,15 +22,7 @@ use http_body_util::{BodyExt as _, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use rcgen::{
-    BasicConstraints, CertificateParams, CertificateSigningRequestParams, CertifiedIssuer, DnType,
-    ExtendedKeyUsagePurpose, IsCa, KeyPair, PublicKeyData as _, SanType,
-};
-use rustls::server::WebPkiClientVerifier;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use serde_json::{Value, json};
-use sha2::{Digest as _, Sha256};
-use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -26,36 +30,18 @@ use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
-use x509_parser::prelude::FromDer as _;
 
+/// The bootstrap token that it takes.
 pub const TOKEN: &str = "abcdef.0123456789abcdef";
+/// What its nodes get for their pods.
 pub const POD_CIDR: &str = "10.244.7.0/24";
 
 type Body = UnsyncBoxBody<Bytes, Infallible>;
-type Ca = CertifiedIssuer<'static, KeyPair>;
-
-/// Seconds from now in which a certificate is in force.
-#[derive(Debug, Clone, Copy)]
-pub struct Life {
-    pub from: i64,
-    pub to: i64,
-}
-
-/// A year, as the real ones have.
-pub const YEAR: Life = Life { from: -300, to: 365 * 86_400 };
-
-/// A fault that befalls requests whose `METHOD path` begins with a text.
-#[derive(Debug, Clone)]
-struct Fault {
-    requests: String,
-    status: u16,
-    retry_after: Option<u64>,
-    left: usize,
-}
 
 /// A request as it came.
 #[derive(Debug, Clone)]
 pub struct Seen {
+    /// When.
     pub at: Instant,
     /// `METHOD path?query`
     pub what: String,
@@ -76,27 +62,6 @@ pub enum Reach {
     Silent,
 }
 
-#[derive(Default)]
-struct World {
-    objects: BTreeMap<String, Value>,
-    version: u64,
-    uids: u64,
-    /// Version, type, object: what watches tell.
-    history: Vec<(u64, &'static str, Value)>,
-    /// Watches from before this version are told 410.
-    compacted: u64,
-    faults: Vec<Fault>,
-    seen: Vec<Seen>,
-    /// Users by bearer token.
-    users: BTreeMap<String, String>,
-    /// `user verb subresource` that are allowed.
-    allowed: Vec<String>,
-    client_life: Option<Life>,
-    /// The token is known to `cluster-info`, and lets callers in.
-    token_listed: bool,
-    token_good: bool,
-}
-
 struct Inner {
     ca: Arc<Ca>,
     address: SocketAddr,
@@ -110,67 +75,15 @@ struct Inner {
 #[derive(Clone)]
 pub struct Cluster(Arc<Inner>);
 
-/// A certificate authority.
-pub fn authority(name: &str) -> Arc<Ca> {
-    let mut parameters = CertificateParams::new(Vec::new()).expect("no names");
-    parameters.distinguished_name.push(DnType::CommonName, name);
-    parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let key = KeyPair::generate().expect("random numbers");
-    Arc::new(CertifiedIssuer::self_signed(parameters, key).expect("a CA can be made"))
-}
-
-/// A client certificate and its key, as PEM.
-pub fn client_certificate(
-    ca: &Ca,
-    user: &str,
-    group: &str,
-    usage: ExtendedKeyUsagePurpose,
-) -> (String, String) {
-    let mut parameters = CertificateParams::default();
-    parameters.distinguished_name = rcgen::DistinguishedName::new();
-    parameters.distinguished_name.push(DnType::CommonName, user);
-    parameters.distinguished_name.push(DnType::OrganizationName, group);
-    parameters.extended_key_usages = vec![usage];
-    let key = KeyPair::generate().expect("random numbers");
-    (parameters.signed_by(&key, ca).expect("signed").pem(), key.serialize_pem())
-}
-
-fn lasts(parameters: &mut CertificateParams, life: Life) {
-    let now = jiff::Timestamp::now().as_second();
-    let epoch = rcgen::date_time_ymd(1970, 1, 1);
-    let at = |seconds: i64| epoch + Duration::from_secs(u64::try_from(now + seconds).expect("after 1970"));
-    (parameters.not_before, parameters.not_after) = (at(life.from), at(life.to));
-}
-
-fn server_tls(ca: &Ca, signer: &Ca, life: Life) -> Arc<rustls::ServerConfig> {
-    let key = KeyPair::generate().expect("random numbers");
-    let mut parameters = CertificateParams::new(Vec::new()).expect("no names");
-    parameters.subject_alt_names = vec![SanType::IpAddress("127.0.0.1".parse().expect("an address"))];
-    lasts(&mut parameters, life);
-    let certificate = parameters.signed_by(&key, signer).expect("signed");
-    let private = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut roots = rustls::RootCertStore::empty();
-    roots.add(ca.der().clone()).expect("a CA");
-    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
-        .allow_unauthenticated()
-        .build()
-        .expect("a verifier");
-    let mut tls = rustls::ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .expect("ring has them")
-        .with_client_cert_verifier(verifier)
-        .with_single_cert(vec![certificate.der().clone()], private)
-        .expect("key and certificate fit");
-    tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    Arc::new(tls)
-}
-
 impl Cluster {
-    /// Serves, with nothing in it.
+    /// Serves on a free port of loopback, with a new authority and nothing in it.
     pub async fn start() -> Self {
-        let ca = authority("kubernetes");
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        Self::start_at("127.0.0.1:0", authority("kubernetes")).await
+    }
+
+    /// Serves with this authority on this address of loopback.
+    pub async fn start_at(address: &str, ca: Arc<Ca>) -> Self {
+        let listener = TcpListener::bind(address).await.expect("a port");
         let address = listener.local_addr().expect("bound");
         let tls = Mutex::new(server_tls(&ca, &ca, YEAR));
         let world = World { token_listed: true, token_good: true, version: 10, ..World::default() };
@@ -190,18 +103,19 @@ impl Cluster {
         self.0.world.lock().expect("no test panics with the lock held")
     }
 
+    /// Where it is reached.
     pub fn url(&self) -> String {
         format!("https://{}", self.0.address)
     }
 
+    /// Its authority.
     pub fn ca(&self) -> &Ca {
         &self.0.ca
     }
 
     /// Pin of its CA.
     pub fn pin(&self) -> String {
-        let digest = Sha256::digest(self.0.ca.key().subject_public_key_info());
-        digest.iter().fold("sha256:".to_owned(), |text, byte| format!("{text}{byte:02x}"))
+        pin(&self.0.ca)
     }
 
     /// From now on, new connections get a certificate of this authority with this life; the old ones end.
@@ -222,6 +136,7 @@ impl Cluster {
         self.world().faults.push(Fault { requests, status, retry_after, left: times });
     }
 
+    /// No more faults.
     pub fn heal(&self) {
         self.world().faults.clear();
     }
@@ -256,6 +171,7 @@ impl Cluster {
         self.world().seen.iter().filter(|seen| seen.at >= from).cloned().collect()
     }
 
+    /// How many requests since `from` begin with this text.
     pub fn count(&self, from: Instant, begins: &str) -> usize {
         self.seen_since(from).iter().filter(|seen| seen.what.starts_with(begins)).count()
     }
@@ -280,9 +196,29 @@ impl Cluster {
 
     /// Every version of a pod that there was, oldest first, until history is compacted.
     pub fn versions(&self, path: &str) -> Vec<Value> {
+        self.changes(path).into_iter().map(|change| change.object).collect()
+    }
+
+    /// The same, each with its time.
+    pub fn changes(&self, path: &str) -> Vec<Change> {
         let name = path.rsplit('/').next();
-        let of = |object: &Value| object["metadata"]["name"].as_str() == name;
-        self.world().history.iter().filter(|(_, _, object)| of(object)).map(|(.., o)| o.clone()).collect()
+        let of = |change: &&Change| change.object["metadata"]["name"].as_str() == name;
+        self.world().history.iter().filter(of).cloned().collect()
+    }
+
+    /// Waits until `look` has something; it is asked anew after each change. `None` at the deadline.
+    pub async fn wait<T>(&self, deadline: Duration, mut look: impl FnMut(&Self) -> Option<T>) -> Option<T> {
+        let mut changed = self.0.changed.subscribe();
+        let found = async {
+            loop {
+                changed.borrow_and_update();
+                if let Some(found) = look(self) {
+                    return Some(found);
+                }
+                changed.changed().await.ok()?;
+            }
+        };
+        tokio::time::timeout(deadline, found).await.ok().flatten()
     }
 
     /// Labels an object, as `kubectl label` does: nothing of its status is touched.
@@ -490,8 +426,8 @@ impl Cluster {
                 changed.borrow_and_update();
                 let (news, gone) = {
                     let world = cluster.world();
-                    let news: Vec<_> =
-                        world.history.iter().filter(|(version, ..)| *version > last).cloned().collect();
+                    let newer = |change: &&Change| change.version > last;
+                    let news: Vec<_> = world.history.iter().filter(newer).cloned().collect();
                     (news, last < world.compacted)
                 };
                 if gone {
@@ -500,9 +436,9 @@ impl Cluster {
                     let _ = sender.send(line("ERROR", &status)).await;
                     return;
                 }
-                for (version, kind, object) in news {
-                    last = version;
-                    if sender.send(line(kind, &object)).await.is_err() {
+                for change in news {
+                    last = change.version;
+                    if sender.send(line(change.kind, &change.object)).await.is_err() {
                         return;
                     }
                 }
@@ -520,193 +456,6 @@ impl Cluster {
     }
 }
 
-const COLLECTIONS: [&str; 2] = ["pods", "nodes"];
-
 fn line(kind: &str, object: &Value) -> Bytes {
     format!("{}\n", json!({ "type": kind, "object": object })).into()
-}
-
-fn is_pod(path: &str) -> bool {
-    path.starts_with("/api/v1/namespaces/") && path.split('/').nth(5) == Some("pods")
-}
-
-impl World {
-    fn put(&mut self, path: &str, mut object: Value) -> Value {
-        self.version += 1;
-        let known = self.objects.get(path).and_then(|old| old["metadata"]["uid"].as_str()).map(str::to_owned);
-        let kind = if known.is_some() { "MODIFIED" } else { "ADDED" };
-        let uid = object["metadata"]["uid"].as_str().map(str::to_owned).or(known).unwrap_or_else(|| {
-            self.uids += 1;
-            format!("00000000-0000-4000-8000-{:012}", self.uids)
-        });
-        object["metadata"]["uid"] = uid.into();
-        object["metadata"]["resourceVersion"] = self.version.to_string().into();
-        if object["metadata"]["creationTimestamp"].is_null() {
-            object["metadata"]["creationTimestamp"] = jiff::Timestamp::now().to_string().into();
-        }
-        if path.starts_with("/api/v1/nodes/") && object["spec"]["podCIDR"].is_null() {
-            object["spec"]["podCIDR"] = POD_CIDR.into();
-            object["spec"]["podCIDRs"] = json!([POD_CIDR]);
-        }
-        if is_pod(path) {
-            self.history.push((self.version, kind, object.clone()));
-        }
-        self.objects.insert(path.to_owned(), object.clone());
-        object
-    }
-
-    fn remove(&mut self, path: &str) {
-        let Some(mut object) = self.objects.remove(path) else { return };
-        self.version += 1;
-        object["metadata"]["resourceVersion"] = self.version.to_string().into();
-        if is_pod(path) {
-            self.history.push((self.version, "DELETED", object));
-        }
-    }
-
-    fn list(&self, path: &str) -> Response<Body> {
-        let inside = |key: &str| match path {
-            "/api/v1/pods" => is_pod(key),
-            _ => key.strip_prefix(path).is_some_and(|rest| rest.starts_with('/')),
-        };
-        let items: Vec<_> = self.objects.iter().filter(|(key, _)| inside(key)).map(|(_, v)| v).collect();
-        let list = json!({ "kind": "List", "apiVersion": "v1", "items": items,
-            "metadata": { "resourceVersion": self.version.to_string() } });
-        reply(StatusCode::OK, &list)
-    }
-
-    fn create(&mut self, ca: &Ca, path: &str, mut sent: Value) -> Response<Body> {
-        match path.rsplit('/').next() {
-            Some("tokenreviews") => {
-                let token = sent["spec"]["token"].as_str().unwrap_or_default();
-                sent["status"] = match self.users.get(token) {
-                    Some(user) => {
-                        json!({ "authenticated": true, "user": { "username": user, "groups": ["g"] } })
-                    }
-                    None => json!({ "authenticated": false, "error": "invalid bearer token" }),
-                };
-                return reply(StatusCode::CREATED, &sent);
-            }
-            Some("subjectaccessreviews") => {
-                let spec = &sent["spec"];
-                let asked = format!(
-                    "{} {} {}",
-                    spec["user"].as_str().unwrap_or_default(),
-                    spec["resourceAttributes"]["verb"].as_str().unwrap_or_default(),
-                    spec["resourceAttributes"]["subresource"].as_str().unwrap_or_default()
-                );
-                let allowed = self.allowed.contains(&asked);
-                sent["status"] = json!({ "allowed": allowed });
-                return reply(StatusCode::CREATED, &sent);
-            }
-            _ => {}
-        }
-        if sent["metadata"]["name"].is_null() {
-            let prefix = sent["metadata"]["generateName"].as_str().unwrap_or("x-").to_owned();
-            self.uids += 1;
-            sent["metadata"]["name"] = format!("{prefix}{}", self.uids).into();
-        }
-        let name = format!("{path}/{}", sent["metadata"]["name"].as_str().unwrap_or_default());
-        if self.objects.contains_key(&name) {
-            return failure(StatusCode::CONFLICT, "already exists");
-        }
-        if path.ends_with("/certificatesigningrequests") {
-            sent["status"] = json!({ "certificate": self.sign(ca, &sent) });
-        }
-        let stored = self.put(&name, sent);
-        reply(StatusCode::CREATED, &stored)
-    }
-
-    fn sign(&self, ca: &Ca, request: &Value) -> String {
-        let pem = BASE64_STANDARD.decode(request["spec"]["request"].as_str().unwrap_or_default());
-        let pem = String::from_utf8(pem.expect("base64")).expect("PEM");
-        let mut csr = CertificateSigningRequestParams::from_pem(&pem).expect("a CSR");
-        let client = request["spec"]["signerName"] == "kubernetes.io/kube-apiserver-client-kubelet";
-        let life = self.client_life.filter(|_| client).unwrap_or(YEAR);
-        lasts(&mut csr.params, life);
-        csr.params.extended_key_usages = vec![if client {
-            ExtendedKeyUsagePurpose::ClientAuth
-        } else {
-            ExtendedKeyUsagePurpose::ServerAuth
-        }];
-        BASE64_STANDARD.encode(csr.signed_by(ca).expect("signed").pem())
-    }
-
-    fn patch(&mut self, path: &str, sent: &Value) -> Response<Body> {
-        let path = path.strip_suffix("/status").unwrap_or(path);
-        let Some(mut object) = self.objects.get(path).cloned() else {
-            return failure(StatusCode::NOT_FOUND, "not found");
-        };
-        if let Some(uid) = sent["metadata"]["uid"].as_str()
-            && object["metadata"]["uid"] != uid
-        {
-            return failure(StatusCode::CONFLICT, "Precondition failed: UID in precondition differs");
-        }
-        merge(&mut object, sent);
-        let stored = if Some(&object) == self.objects.get(path) { object } else { self.put(path, object) };
-        reply(StatusCode::OK, &stored)
-    }
-
-    fn delete(&mut self, path: &str, sent: &Value) -> Response<Body> {
-        let Some(object) = self.objects.get(path) else {
-            return failure(StatusCode::NOT_FOUND, "not found");
-        };
-        if sent["preconditions"]["uid"].as_str().is_some_and(|uid| object["metadata"]["uid"] != uid) {
-            return failure(StatusCode::CONFLICT, "the UID in the precondition differs");
-        }
-        self.remove(path);
-        reply(StatusCode::OK, &json!({ "kind": "Status", "status": "Success" }))
-    }
-}
-
-/// A strategic merge as far as the agent needs one: conditions by their type, `$patch: replace`, and null removes.
-fn merge(into: &mut Value, from: &Value) {
-    let (Some(fields), Some(changes)) = (into.as_object_mut(), from.as_object()) else {
-        *into = from.clone();
-        return;
-    };
-    for (name, change) in changes {
-        match (name.as_str(), change) {
-            (_, Value::Null) => drop(fields.remove(name)),
-            (_, Value::Object(_)) => merge(fields.entry(name).or_insert_with(|| json!({})), change),
-            ("conditions", Value::Array(changed)) => {
-                let entry = fields.entry(name).or_insert_with(|| json!([]));
-                let all = entry.as_array_mut().expect("a list");
-                for condition in changed {
-                    all.retain(|old| old["type"] != condition["type"]);
-                    all.push(condition.clone());
-                }
-                all.sort_by_key(|condition| condition["type"].as_str().map(str::to_owned));
-            }
-            (_, Value::Array(items)) => {
-                let plain = items.iter().filter(|item| item["$patch"].is_null()).cloned().collect();
-                fields.insert(name.clone(), plain);
-            }
-            _ => drop(fields.insert(name.clone(), change.clone())),
-        }
-    }
-}
-
-fn common_name(certificate: &CertificateDer<'_>) -> Option<String> {
-    let (_, parsed) = x509_parser::certificate::X509Certificate::from_der(certificate).ok()?;
-    Some(parsed.subject().iter_common_name().next()?.as_str().ok()?.to_owned())
-}
-
-fn reply(status: StatusCode, object: &Value) -> Response<Body> {
-    let mut response = Response::new(Full::new(Bytes::from(object.to_string())).boxed_unsync());
-    *response.status_mut() = status;
-    response.headers_mut().insert("content-type", "application/json".parse().expect("a header"));
-    response
-}
-
-fn failure(status: StatusCode, message: &str) -> Response<Body> {
-    let reason = match status {
-        StatusCode::NOT_FOUND => "NotFound",
-        StatusCode::CONFLICT => "Conflict",
-        StatusCode::GONE => "Expired",
-        _ => "",
-    };
-    let body = json!({ "kind": "Status", "apiVersion": "v1", "status": "Failure", "metadata": {},
-        "code": status.as_u16(), "message": message, "reason": reason });
-    reply(status, &body)
 }
