@@ -11,5 +11,6 @@ mod host;
 mod idle;
 mod joining;
 mod probing;
+mod pulling;
 mod runtime;
 mod storage;

@@ -582,6 +582,9 @@ impl RuntimeService for Runtime {
     }
 }
 
+/// An image of this name cannot be pulled.
+pub const BAD_IMAGE: &str = "bad";
+
 fn image(name: String) -> Image {
     Image { id: "sha256:1".into(), repo_tags: vec![name], size: 1 << 20, ..Default::default() }
 }
@@ -598,11 +601,16 @@ impl ImageService for Runtime {
     async fn image_status(&self, request: Request<ImageStatusRequest>) -> Answer<ImageStatusResponse> {
         drop(self.called("ImageStatus"));
         let name = request.into_inner().image.unwrap_or_default().image;
-        Ok(Response::new(ImageStatusResponse { image: Some(image(name)), ..Default::default() }))
+        let present = !name.starts_with(BAD_IMAGE);
+        Ok(Response::new(ImageStatusResponse { image: present.then(|| image(name)), ..Default::default() }))
     }
 
-    async fn pull_image(&self, _: Request<PullImageRequest>) -> Answer<PullImageResponse> {
+    async fn pull_image(&self, request: Request<PullImageRequest>) -> Answer<PullImageResponse> {
         drop(self.called("PullImage"));
+        let name = request.into_inner().image.unwrap_or_default().image;
+        if name.starts_with(BAD_IMAGE) {
+            return Err(Status::unknown("cannot unpack layer sha256:1: it is cut short"));
+        }
         Ok(Response::new(PullImageResponse { image_ref: "sha256:1".into() }))
     }
 
