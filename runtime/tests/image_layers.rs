@@ -7,9 +7,10 @@
 
 mod registry;
 
+use atoll_odd_registry::Server;
 use atoll_odd_registry::entries::{device, end, entry, file, header, link, long};
 use atoll_runtime::images::{Digest, ImageError, ImageStore, StoreOptions};
-use registry::scripted::{Server, documents, find, open};
+use registry::scripted::{documents, find, open};
 use registry::{Family, Packing, TestImage, layer, options, pack};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};

@@ -5,9 +5,9 @@
 
 mod registry;
 
-use atoll_odd_registry::identity;
+use atoll_odd_registry::{Answer, Request, Server, identity, rest};
 use atoll_runtime::images::{Auth, Digest, ImageError, ImageRef, ImageStore, Patience};
-use registry::scripted::{Answer, Request, Server, documents, find, image, is_layer, open, rest};
+use registry::scripted::{documents, find, image, is_layer, open};
 use registry::{Family, Packing, TestImage, layer, options};
 use std::path::Path;
 use std::sync::Mutex;

@@ -1,7 +1,7 @@
 //! Images for a registry whose every answer a test gives ([`Server`]), on loopback.
 
 use super::{Family, Packing, TestImage, layer};
-pub use atoll_odd_registry::{Answer, Request, Server, rest};
+use atoll_odd_registry::Server;
 use atoll_runtime::images::{Digest, ImageRef, ImageStore, StoreOptions};
 use std::collections::HashMap;
 use std::sync::Mutex;
