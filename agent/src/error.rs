@@ -100,19 +100,41 @@ pub fn is_away(error: &kube::Error) -> bool {
 }
 
 /// An error and its causes in one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = String::new();
+    let mut next = Some(error);
     while let Some(cause) = next {
         let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
+        if let Some(answer) = answer(cause) {
+            // Its own words hold the whole answer as Rust shows it, and so do those of whatever wraps it.
+            text = text.replace(&cause_text, &answer);
+            push(&mut text, &answer);
+            break;
         }
+        push(&mut text, &cause_text);
         next = cause.source();
     }
     // What a server said may have any number of lines.
     text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// Adds a cause that is not in the words of what it caused.
+fn push(text: &mut String, cause: &str) {
+    if !text.contains(cause) {
+        text.push_str(if text.is_empty() { "" } else { ": " });
+        text.push_str(cause);
+    }
+}
+
+/// What the API server said, for people.
+fn answer(error: &(dyn std::error::Error + 'static)) -> Option<String> {
+    let boxed = || error.downcast_ref::<Box<kube::Error>>().map(AsRef::as_ref);
+    match error.downcast_ref::<kube::Error>().or_else(boxed) {
+        Some(kube::Error::Api(status)) => {
+            Some(format!("the API server answered {}: {}", status.code, status.message))
+        }
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -124,5 +146,18 @@ mod tests {
         let source = std::io::Error::other("first\nsecond\n\tthird");
         let error = Error::Read { what: "config", path: "/x".into(), source };
         assert_eq!(chain(&error), "cannot read config /x: first second third");
+    }
+
+    #[test]
+    fn what_the_api_server_said_is_told_for_people() {
+        let status = kube::core::Status::failure("Too many requests, please try again later.", "no JSON");
+        let refused = || kube::Error::Api(status.clone().with_code(429).boxed());
+        let told = "the API server answered 429: Too many requests, please try again later.";
+        assert_eq!(
+            chain(&Error::api("cannot read the node", refused())),
+            format!("cannot read the node: {told}")
+        );
+        let watch = kube::runtime::watcher::Error::WatchStartFailed(refused());
+        assert_eq!(chain(&watch), format!("failed to start watching object: {told}"));
     }
 }

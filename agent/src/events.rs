@@ -22,6 +22,9 @@ const REMEMBERED: usize = 2048;
 const SAME: SignedDuration = SignedDuration::from_mins(10);
 /// Events of one object at once, and the time after which it may have one more.
 const BURST: f64 = 25.0;
+/// What repetitions leave of it for what was not said before: a container that fails again and again must not keep
+/// the others of its pod from saying why they do.
+const FOR_NEWS: f64 = BURST / 2.0;
 const REFILL_SECONDS: f64 = 15.0;
 const REQUEST: Duration = Duration::from_secs(10);
 /// How long an event is tried to be posted, and the wait between two tries.
@@ -52,6 +55,38 @@ struct Entry {
     since_start: Instant,
 }
 
+impl Entry {
+    /// What repetitions have in common.
+    fn same(&self) -> String {
+        let Self { object, reason, message, .. } = self;
+        format!("{:?}/{:?}/{:?}/{reason}/{message}", object.uid, object.name, object.field_path)
+    }
+}
+
+/// How many events each object may still have, and as of when.
+#[derive(Debug, Default)]
+struct Budgets(HashMap<String, (f64, Instant)>);
+
+impl Budgets {
+    /// Whether an object may have one more event.
+    fn spend(&mut self, object: &ObjectReference, at: Instant, repeated: bool) -> bool {
+        if self.0.len() > REMEMBERED {
+            self.0.clear();
+        }
+        let name = format!("{:?}/{:?}", object.uid, object.name);
+        let (left, since) = self.0.entry(name).or_insert((BURST, at));
+        let refill = at.saturating_duration_since(*since).as_secs_f64() / REFILL_SECONDS;
+        *left = (*left + refill).min(BURST);
+        *since = at;
+        let least = if repeated { FOR_NEWS } else { 1.0 };
+        let enough = *left >= least;
+        if enough {
+            *left -= 1.0;
+        }
+        enough
+    }
+}
+
 /// Takes events; cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Recorder {
@@ -64,7 +99,7 @@ pub struct Poster {
     node: String,
     queue: mpsc::Receiver<Entry>,
     known: HashMap<String, Known>,
-    budgets: HashMap<String, (f64, Instant)>,
+    budgets: Budgets,
 }
 
 struct Known {
@@ -89,7 +124,7 @@ pub fn channel(client: kube::Client, node: String) -> (Recorder, Poster) {
     let (sender, queue) = mpsc::channel(QUEUE);
     (
         Recorder { queue: sender },
-        Poster { client, node, queue, known: HashMap::new(), budgets: HashMap::new() },
+        Poster { client, node, queue, known: HashMap::new(), budgets: Budgets::default() },
     )
 }
 
@@ -138,7 +173,7 @@ impl Poster {
                 _ = stop.wait_for(|stop| *stop) => None,
             };
             let Some(entry) = entry else { return };
-            if !self.within_budget(&entry) {
+            if !self.budgets.spend(&entry.object, entry.since_start, self.is_known(&entry)) {
                 continue;
             }
             let begun = Instant::now();
@@ -159,31 +194,16 @@ impl Poster {
         }
     }
 
-    fn within_budget(&mut self, entry: &Entry) -> bool {
-        if self.budgets.len() > REMEMBERED {
-            self.budgets.clear();
-        }
-        let name = format!("{:?}/{:?}", entry.object.uid, entry.object.name);
-        let (left, since) = self.budgets.entry(name).or_insert((BURST, entry.since_start));
-        let refill = entry.since_start.saturating_duration_since(*since).as_secs_f64() / REFILL_SECONDS;
-        *left = (*left + refill).min(BURST);
-        *since = entry.since_start;
-        if *left < 1.0 {
-            return false;
-        }
-        *left -= 1.0;
-        true
+    /// Whether the same was posted not long ago.
+    fn is_known(&self, entry: &Entry) -> bool {
+        self.known.get(&entry.same()).is_some_and(|known| entry.at.duration_since(known.last) < SAME)
     }
 
     async fn post(&mut self, entry: &Entry) -> Posting {
         if self.known.len() > REMEMBERED {
             self.known.clear();
         }
-        let object = &entry.object;
-        let same = format!(
-            "{:?}/{:?}/{:?}/{}/{}",
-            object.uid, object.name, object.field_path, entry.reason, entry.message
-        );
+        let (object, same) = (&entry.object, entry.same());
         let namespace = object.namespace.clone().unwrap_or_else(|| "default".into());
         let api: Api<Event> = Api::namespaced(self.client.clone(), &namespace);
         if let Some(known) = self.known.get_mut(&same).filter(|k| entry.at.duration_since(k.last) < SAME) {
@@ -245,5 +265,25 @@ impl Poster {
             reporting_instance: Some(self.node.clone()),
             ..Default::default()
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn repetitions_leave_room_for_what_is_new_and_both_are_bounded() {
+        let (mut budgets, pod) = (Budgets::default(), ObjectReference::default());
+        let now = Instant::now();
+        let count = |budgets: &mut Budgets, at, repeated| {
+            std::iter::repeat_with(|| budgets.spend(&pod, at, repeated)).take_while(|spent| *spent).count()
+        };
+        assert_eq!(count(&mut budgets, now, true), 13);
+        assert_eq!(count(&mut budgets, now, false), 12);
+        let later = now + Duration::from_secs(16);
+        assert_eq!(count(&mut budgets, later, true), 0, "what comes back is for news first");
+        assert_eq!(count(&mut budgets, later, false), 1);
+        assert_eq!(count(&mut budgets, later + Duration::from_secs(3600), false), 25);
     }
 }

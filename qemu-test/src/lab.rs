@@ -16,6 +16,8 @@ use std::time::Duration;
 
 /// The registry as image names write it; the lab's DNS knows it.
 pub const REGISTRY: &str = "registry.lab:5000";
+/// A registry that tests serve themselves, by the same name; its port is free otherwise.
+pub const OWN_REGISTRY: &str = "registry.lab:5001";
 /// The image that examples and tests run.
 pub const BUSYBOX: &str = "registry.lab:5000/busybox:1";
 /// Longest time from power-on to Ready under emulation.
@@ -75,7 +77,7 @@ impl Lab {
         let own = if index == 0 { "" } else { "node: {taints: ['lab/own:NoSchedule']}\n" };
         Ok(format!(
             "{}\nhostname: {}\n{own}",
-            self.supervisor.machine_config(REGISTRY)?.trim_end(),
+            self.supervisor.machine_config(&[REGISTRY, OWN_REGISTRY])?.trim_end(),
             node_name(index)
         ))
     }

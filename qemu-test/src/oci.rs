@@ -110,13 +110,21 @@ impl Image {
     /// # Errors
     /// When a layer cannot be packed.
     pub fn new(layers: Vec<Layer>, config: Value) -> anyhow::Result<Self> {
+        let archives = layers.into_iter().map(Layer::finish).collect::<anyhow::Result<Vec<_>>>()?;
+        Self::of_archives(&archives, config)
+    }
+
+    /// The same of archives that are tars already, or pretend to be.
+    ///
+    /// # Errors
+    /// When one cannot be packed.
+    pub fn of_archives(archives: &[Vec<u8>], config: Value) -> anyhow::Result<Self> {
         let mut blobs = Vec::new();
         let mut diff_ids = Vec::new();
-        for layer in layers {
-            let tar = layer.finish()?;
-            diff_ids.push(digest(&tar));
+        for tar in archives {
+            diff_ids.push(digest(tar));
             let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-            gzip.write_all(&tar)?;
+            gzip.write_all(tar)?;
             blobs.push(Blob::new(gzip.finish()?));
         }
         let config = json!({
@@ -132,6 +140,15 @@ impl Image {
     /// When busybox-static is not installed.
     pub fn busybox() -> anyhow::Result<Self> {
         Self::new(vec![busybox_layer()?], Self::busybox_config())
+    }
+
+    /// The same under more layers, lowest first.
+    ///
+    /// # Errors
+    /// When busybox-static is not installed.
+    pub fn busybox_under(archives: Vec<Vec<u8>>) -> anyhow::Result<Self> {
+        let archives = [vec![busybox_layer()?.finish()?], archives].concat();
+        Self::of_archives(&archives, Self::busybox_config())
     }
 
     /// The same under a file `/noise` of so many MiB that does not compress; another seed, another file.
@@ -150,6 +167,11 @@ impl Image {
     /// Everything that is pushed before the manifest.
     pub fn blobs(&self) -> impl Iterator<Item = &Blob> {
         self.layers.iter().chain([&self.config])
+    }
+
+    /// The layers, lowest first.
+    pub fn layers(&self) -> &[Blob] {
+        &self.layers
     }
 
     /// The manifest.

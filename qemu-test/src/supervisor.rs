@@ -128,19 +128,17 @@ impl Supervisor {
         self.data.join("admin.kubeconfig")
     }
 
-    /// A machine config with a fresh token for joining this Supervisor.
+    /// A machine config with a fresh token for joining this Supervisor; it speaks plain HTTP to these registries.
     ///
     /// # Errors
     /// When the token cannot be made.
-    pub fn machine_config(&self, registry: &str) -> anyhow::Result<String> {
-        run_ok(
-            self.command().args(["token", "create", "--data"]).arg(&self.data).args([
-                "--machine-config",
-                "--registry",
-                &format!("{registry}=plain-http"),
-            ]),
-            KUBECTL,
-        )
+    pub fn machine_config(&self, registries: &[&str]) -> anyhow::Result<String> {
+        let mut command = self.command();
+        command.args(["token", "create", "--data"]).arg(&self.data).arg("--machine-config");
+        for registry in registries {
+            command.arg("--registry").arg(format!("{registry}=plain-http"));
+        }
+        run_ok(&mut command, KUBECTL)
     }
 
     /// Runs kubectl.

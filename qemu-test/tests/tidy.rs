@@ -169,12 +169,13 @@ fn lints_are_expected_never_allowed() {
 }
 
 /// Files with end-to-end tests that docs/reliability.md must name, every one.
-const RELIABILITY: [&str; 9] = [
+const RELIABILITY: [&str; 10] = [
     "containers.rs",
     "control_plane.rs",
     "host_config.rs",
     "host_disks.rs",
     "host_network.rs",
+    "images.rs",
     "join.rs",
     "power.rs",
     "processes.rs",

@@ -5,10 +5,11 @@
 
 mod registry;
 
+use atoll_odd_registry::{Request, Server};
 use atoll_runtime::images::{Auth, ImageError, ImageStore};
 use atoll_spec::images::PullSecret;
 use registry::options;
-use registry::scripted::{Request, Server, documents, find, image, is_layer, open};
+use registry::scripted::{documents, find, image, is_layer, open};
 
 /// user:pass
 const RIGHT: &str = "Basic dXNlcjpwYXNz";

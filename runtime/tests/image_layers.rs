@@ -7,8 +7,10 @@
 
 mod registry;
 
+use atoll_odd_registry::Server;
+use atoll_odd_registry::entries::{device, end, entry, file, header, link, long};
 use atoll_runtime::images::{Digest, ImageError, ImageStore, StoreOptions};
-use registry::scripted::{Server, documents, find, open};
+use registry::scripted::{documents, find, open};
 use registry::{Family, Packing, TestImage, layer, options, pack};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
@@ -99,43 +101,6 @@ impl Pulled {
     }
 }
 
-/// A header with every byte as given, its checksum aside.
-fn header(name: &[u8], kind: u8, size: u64) -> tar::Header {
-    let mut header = tar::Header::new_gnu();
-    header.as_gnu_mut().unwrap().name[..name.len()].copy_from_slice(name);
-    header.as_mut_bytes()[156] = kind;
-    header.set_size(size);
-    header.set_mode(0o644);
-    header.set_uid(0);
-    header.set_gid(0);
-    header.set_mtime(0);
-    header.set_cksum();
-    header
-}
-
-fn entry(name: &[u8], kind: u8, data: &[u8]) -> Vec<u8> {
-    let mut bytes = header(name, kind, data.len() as u64).as_bytes().to_vec();
-    bytes.extend(data);
-    bytes.resize(bytes.len().next_multiple_of(512), 0);
-    bytes
-}
-
-fn link(name: &[u8], kind: u8, target: &str) -> Vec<u8> {
-    let mut header = header(name, kind, 0);
-    header.set_link_name_literal(target).unwrap();
-    header.set_cksum();
-    header.as_bytes().to_vec()
-}
-
-/// A name too long for a header, in GNU's way.
-fn long(name: &[u8], kind: u8, data: &[u8]) -> Vec<u8> {
-    [entry(b"././@LongLink", b'L', &[name, b"\0"].concat()), entry(b"cut", kind, data)].concat()
-}
-
-fn end() -> Vec<u8> {
-    vec![0; 1024]
-}
-
 #[tokio::test]
 async fn dot_dot_paths_are_refused() {
     for name in [&b"../../etc/x"[..], b"a/../../x", b"..", b"a/.."] {
@@ -186,16 +151,9 @@ async fn hard_links_inside_share_one_file() {
 
 #[tokio::test]
 async fn device_nodes_are_kept_and_cannot_be_opened() {
-    let mut zero = header(b"zero", b'3', 0);
-    zero.set_device_major(1).unwrap();
-    zero.set_device_minor(5).unwrap();
-    zero.set_cksum();
-    let mut disk = header(b"disk", b'4', 0);
-    disk.set_device_major(254).unwrap();
-    disk.set_device_minor(0).unwrap();
-    disk.set_cksum();
+    let (zero, disk) = (device(b"zero", b'3', (1, 5)), device(b"disk", b'4', (254, 0)));
     let fifo = entry(b"fifo", b'6', b"");
-    let layer = [zero.as_bytes().to_vec(), disk.as_bytes().to_vec(), fifo, end()].concat();
+    let layer = [zero, disk, fifo, end()].concat();
     let looked = pull(vec![layer]).await.look(
         "stat -c '%F %t:%T' zero disk fifo; head -c1 zero 2>/dev/null || echo closed; head -c1 disk 2>/dev/null || echo closed",
     );
@@ -204,14 +162,7 @@ async fn device_nodes_are_kept_and_cannot_be_opened() {
 
 #[tokio::test]
 async fn setuid_files_keep_their_bits_and_their_owner() {
-    let mut file = header(b"su", b'0', 1);
-    file.set_mode(0o6755);
-    file.set_uid(0);
-    file.set_gid(7);
-    file.set_cksum();
-    let mut data = vec![b'x'];
-    data.resize(512, 0);
-    let pulled = pull(vec![[file.as_bytes().to_vec(), data, end()].concat()]).await;
+    let pulled = pull(vec![[file(b"su", (0o6755, 0, 7), b"x"), end()].concat()]).await;
     assert_eq!(pulled.look("stat -c '%a %u %g' su"), "6755 0 7\n");
     // The file that holds it is nobody's to run or change.
     let metadata = std::fs::metadata(&pulled.layers[0]).unwrap();
@@ -355,8 +306,8 @@ fn zeros_in_gzip(megabytes: usize, before: &[u8]) -> (Vec<u8>, Digest) {
 async fn a_gzip_bomb_stops_at_the_room_there_is() {
     let disk = SmallDisk::new(24);
     // As one file, and as rubbish after the archive's end.
-    let file = header(b"bomb", b'0', 40 << 20).as_bytes().to_vec();
-    for before in [file, [entry(b"a", b'0', b""), end()].concat()] {
+    let bomb = header(b"bomb", b'0', 40 << 20).as_bytes().to_vec();
+    for before in [bomb, [entry(b"a", b'0', b""), end()].concat()] {
         let (bomb, diff_id) = zeros_in_gzip(40, &before);
         assert!(bomb.len() < 100_000, "{}", bomb.len());
         let image = TestImage {

@@ -5,8 +5,9 @@
 
 mod registry;
 
+use atoll_odd_registry::{Answer, Request, Server, identity, rest};
 use atoll_runtime::images::{Auth, Digest, ImageError, ImageRef, ImageStore, Patience};
-use registry::scripted::{Answer, Request, Server, documents, find, image, is_layer, open, rest};
+use registry::scripted::{documents, find, image, is_layer, open};
 use registry::{Family, Packing, TestImage, layer, options};
 use std::path::Path;
 use std::sync::Mutex;
@@ -88,19 +89,6 @@ async fn a_redirect_to_another_scheme_or_to_nowhere_is_refused() {
         let error = refused(move |_, (_, body)| (format!("302 Found\r\nLocation: {location}"), body)).await;
         assert!(error.to_string().contains("redirects to"), "{location}: {error}");
     }
-}
-
-/// A certificate for the given names, signed by itself.
-fn identity(names: &[&str], expired: bool) -> rcgen::CertifiedKey<rcgen::KeyPair> {
-    let signing_key = rcgen::KeyPair::generate().unwrap();
-    let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
-    let mut parameters = rcgen::CertificateParams::new(names).unwrap();
-    if expired {
-        parameters.not_before = rcgen::date_time_ymd(2001, 1, 1);
-        parameters.not_after = rcgen::date_time_ymd(2002, 1, 1);
-    }
-    let cert = parameters.self_signed(&signing_key).unwrap();
-    rcgen::CertifiedKey { cert, signing_key }
 }
 
 /// Pulls over TLS from a server with the given certificate, of which the settings trust `trusted`.

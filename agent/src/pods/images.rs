@@ -195,15 +195,13 @@ impl Images {
                 backoff.tried(&key, now, now);
                 last.insert(key, why.clone());
                 drop(failures);
-                event(
-                    Severity::Warning,
-                    "Failed",
-                    format!("Failed to pull image {:?}: {why}", container.image),
-                );
+                // The cause alone may name a layer, by a digest that says nothing to people.
+                let message = format!("Failed to pull image {:?}: {why}", container.image);
+                event(Severity::Warning, "Failed", message.clone());
                 event(Severity::Warning, "Failed", "Error: ErrImagePull".to_owned());
                 // Soon asked again, to say that the next try has to wait.
                 let again = now + Duration::from_secs(2);
-                Err(StartError { reason: "ErrImagePull", message: why, again })
+                Err(StartError { reason: "ErrImagePull", message, again })
             }
         }
     }

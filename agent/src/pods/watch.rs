@@ -8,7 +8,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::api::Api;
 use kube::runtime::WatchStreamExt as _;
 use kube::runtime::utils::Backoff;
-use kube::runtime::watcher::Error::WatchStartFailed;
+use kube::runtime::watcher::Error::{self, WatchError, WatchStartFailed};
 use kube::runtime::watcher::{Config, Event, watcher};
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -44,9 +44,13 @@ pub async fn run(
                     hand_over(&mut dispatcher, event);
                 }
                 Some(Err(error)) => {
-                    // A 410 in a watch begins a list by itself; one instead of a watch would be tried for ever.
-                    if matches!(&error, WatchStartFailed(kube::Error::Api(status)) if status.code == 410) {
-                        pods = watched();
+                    if is_forgotten(&error) {
+                        // In a watch it begins a list by itself; instead of a watch it would be tried for ever.
+                        if matches!(error, WatchStartFailed(_)) {
+                            pods = watched();
+                        }
+                        // Told each time: it is what explains that pods which are gone end now.
+                        tracing::info!("what happened since is forgotten (410): this node's pods are listed anew");
                     }
                     let why = crate::error::chain(&error);
                     if std::mem::replace(&mut broken, true) {
@@ -61,6 +65,14 @@ pub async fn run(
             () = dispatcher.worker_ended() => {}
             _ = stop.wait_for(|stop| *stop) => return,
         }
+    }
+}
+
+/// Whether the API server no longer has the history from where the watch would go on.
+fn is_forgotten(error: &Error) -> bool {
+    match error {
+        WatchError(status) | WatchStartFailed(kube::Error::Api(status)) => status.code == 410,
+        _ => false,
     }
 }
 

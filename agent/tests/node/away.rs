@@ -141,6 +141,7 @@ async fn watch_history_compacted_is_listed_anew_and_no_pod_is_touched() {
     until("the pod that is gone to end", SOON, || host.runtime.running("goes").is_empty().then_some(()))
         .await;
     assert!(host.cluster.count(back, "GET /api/v1/pods") >= 2, "a watch that was refused, and a list");
+    host.line(&["is forgotten (410): this node's pods are listed anew"]).await;
     let after = host.wait_running("stays").await;
     assert_eq!((id(&before), restarts(&after)), (id(&after), 0));
 }
@@ -153,6 +154,7 @@ async fn watch_that_is_told_410_while_it_is_open_is_listed_anew() {
     host.cluster.compact();
     host.bind("new", Value::Null);
     host.wait_running("new").await;
+    host.line(&["is forgotten (410): this node's pods are listed anew"]).await;
     assert_eq!(id(&before), id(&host.wait_running("stays").await));
 }
 

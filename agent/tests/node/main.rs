@@ -11,5 +11,6 @@ mod idle;
 mod joining;
 mod private_images;
 mod probing;
+mod pulling;
 mod runtime;
 mod storage;

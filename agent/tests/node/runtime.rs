@@ -595,6 +595,9 @@ impl RuntimeService for Runtime {
     }
 }
 
+/// An image of this name cannot be pulled.
+pub const BAD_IMAGE: &str = "bad";
+
 fn image(name: String) -> Image {
     Image { id: "sha256:1".into(), repo_tags: vec![name], size: 1 << 20, ..Default::default() }
 }
@@ -615,18 +618,22 @@ impl ImageService for Runtime {
         let access = |(_, access): &(String, Access)| serde_json::to_string(access).expect("JSON");
         let info = guarded.map(|guarded| (ACCESS.to_owned(), access(guarded))).into_iter().collect();
         let name = request.image.unwrap_or_default().image;
-        Ok(Response::new(ImageStatusResponse { image: Some(image(name)), info }))
+        let present = !name.starts_with(BAD_IMAGE);
+        Ok(Response::new(ImageStatusResponse { image: present.then(|| image(name)), info }))
     }
 
     async fn pull_image(&self, request: Request<PullImageRequest>) -> Answer<PullImageResponse> {
         let mut table = self.called("PullImage");
+        let request = request.into_inner();
+        let spec = request.image.unwrap_or_default();
+        if spec.image.starts_with(BAD_IMAGE) {
+            return Err(Status::unknown("cannot unpack layer sha256:1: it is cut short"));
+        }
         if let Some((password, access)) = &mut table.guarded {
-            let request = request.into_inner();
             if request.auth.unwrap_or_default().password != *password {
                 return Err(Status::unknown("r.example refused access"));
             }
-            let annotations = request.image.unwrap_or_default().annotations;
-            access.secrets.push(serde_json::from_str(&annotations[PULL_SECRET]).expect("a secret"));
+            access.secrets.push(serde_json::from_str(&spec.annotations[PULL_SECRET]).expect("a secret"));
         }
         Ok(Response::new(PullImageResponse { image_ref: "sha256:1".into() }))
     }

@@ -10,6 +10,7 @@ mod cri;
 mod host_config;
 mod host_disks;
 mod host_network;
+mod images;
 mod join;
 mod node;
 mod own;
