@@ -51,32 +51,31 @@ async fn measure() -> anyhow::Result<()> {
     pods.starts(0, 1).await?;
     print(memory::services(0)?);
     print(pods.starts(0, Pods::samples(full)).await?);
+    print(pods.count().await?);
     if full {
-        print(full_host(&mut pods).await?);
         print(traffic::measure(&pods).await?);
         print(unpack::measure(&mut pods.runtime, &registry).await?);
+        full_host(&mut pods).await?;
     }
     Ok(())
 }
 
 /// The figures that need a host full of pods.
-async fn full_host(pods: &mut Pods) -> anyhow::Result<Vec<Figure>> {
-    let mut figures = Vec::new();
+async fn full_host(pods: &mut Pods) -> anyhow::Result<()> {
     let empty = memory::in_use();
     let mut have = 0;
     for count in [1, 10, 40] {
         pods.fill(have, count).await?;
         have = count;
-        figures.extend(memory::services(count)?);
+        print(memory::services(count)?);
         if count == 40 {
             let each = (memory::in_use() - empty) / count as f64 / 1024.0;
-            figures.push(Figure::new("memory.pod.in-all", each, Unit::Mib));
-            figures.extend(memory::pods()?);
+            print([Figure::new("memory.pod.in-all", each, Unit::Mib)]);
+            print(memory::pods()?);
         }
-        figures.extend(pods.starts(count, Pods::samples(true)).await?);
+        print(pods.starts(count, Pods::samples(true)).await?);
     }
-    pods.empty(have).await?;
-    Ok(figures)
+    pods.empty(have).await
 }
 
 /// The runtime starts at the same time as the bench.

@@ -7,5 +7,6 @@ pub mod microvm;
 pub mod pods;
 pub mod registry;
 pub mod sys;
+pub mod syscalls;
 pub mod traffic;
 pub mod unpack;

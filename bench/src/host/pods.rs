@@ -2,6 +2,7 @@
 
 use super::clock::{between, ms, wall};
 use super::control::{Inspected, Runtime};
+use super::syscalls::Count;
 use crate::figure::{Figure, Unit, median};
 use crate::scripted::NODE;
 use anyhow::{Context, ensure};
@@ -171,6 +172,20 @@ impl Pods {
             figures.extend(inspected.steps.iter().map(step));
             figures.extend(inspected.exits.iter().map(exit));
         }
+        Ok(figures)
+    }
+
+    /// Starts a pod and counts what its VMM asks of the host meanwhile.
+    ///
+    /// # Errors
+    /// When it does not run, or the kernel does not count.
+    pub async fn count(&mut self) -> anyhow::Result<Vec<Figure>> {
+        let count = Count::begin()?;
+        self.started += 1;
+        let name = format!("start-{}", self.started);
+        let start = self.start(&name).await?;
+        let figures = count.of(start.inspected.vmm)?;
+        self.delete(&name).await?;
         Ok(figures)
     }
 
