@@ -189,16 +189,16 @@ impl Pods {
         Ok(figures)
     }
 
-    /// Fills the host up to so many idle pods.
+    /// Fills the host up to so many idle pods, one after the other: many machines that boot at once under the repeatable
+    /// clock hang the emulated host (docs/performance.md).
     ///
     /// # Errors
     /// When one does not run.
     pub async fn fill(&self, from: usize, to: usize) -> anyhow::Result<()> {
         for number in from..to {
-            self.bind(&format!("idle-{number}"), IDLE);
-        }
-        for number in from..to {
-            self.wait_running(&format!("idle-{number}")).await?;
+            let name = format!("idle-{number}");
+            self.bind(&name, IDLE);
+            self.wait_running(&name).await?;
         }
         Ok(())
     }
