@@ -12,6 +12,7 @@ use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -23,6 +24,16 @@ pub struct Settings {
     pub htpasswd: Option<PathBuf>,
 }
 
+/// An address of loopback that nobody listens on. Not one that the kernel chooses: those it gives to everybody who asks
+/// for any, also in the moment until the registry takes it.
+fn free_address() -> String {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let first = std::process::id() as u16 % 150 * 64;
+    let ports = || 20_000 + first + NEXT.fetch_add(1, Ordering::Relaxed) % 64;
+    let address = std::iter::repeat_with(ports).map(|port| format!("127.0.0.1:{port}"));
+    address.take(64).find(|address| TcpListener::bind(address).is_ok()).expect("one of 64 ports is free")
+}
+
 /// A running registry.
 pub struct Registry {
     child: Child,
@@ -32,8 +43,7 @@ pub struct Registry {
 impl Registry {
     /// Over the given storage directory.
     pub fn start(storage: &Path, settings: &Settings) -> Self {
-        // Free a moment ago; a lost race shows as a failed start.
-        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+        let address = free_address();
         let mut text = format!(
             "version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\nstorage:\n  filesystem: {{rootdirectory: {}}}\n  delete: {{enabled: true}}\nhttp:\n  addr: {address}\n",
             storage.display()
