@@ -425,6 +425,31 @@ async fn two_pods_that_pull_one_image_at_once_share_the_download() {
 }
 
 #[tokio::test]
+async fn an_image_of_many_layers_does_not_hold_up_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = options(dir.path());
+    let layers = (0..80).map(|n| (layer(&[("n", n.to_string().as_str())]), Packing::Plain)).collect();
+    let (many, one) = (documents(&TestImage::new(Family::Oci, layers)), documents(&image()));
+    let server = Server::start(move |request| {
+        find(if request.path.starts_with("/v2/many/") { &many } else { &one }, &request.path)
+    });
+    let (store, name) = open(&options, &server).await;
+    let many: ImageRef = format!("{}/many:v1", server.address).parse().unwrap();
+    let pulls = store.clone();
+    let many = tokio::spawn(async move { pulls.pull(&many, None).await });
+    // All of them wait to be unpacked before the other image comes.
+    let asked = || server.asked().iter().filter(|r| r.path.starts_with("/v2/many/blobs/")).count();
+    while asked() < 20 && !many.is_finished() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    store.pull(&name, None).await.unwrap();
+    let unpacked = files_below(&options.root.join("layers"));
+    assert!(unpacked < 60, "{unpacked} layers were unpacked before it");
+    many.await.unwrap().unwrap();
+    assert_eq!(files_below(&options.root.join("layers")), 81);
+}
+
+#[tokio::test]
 async fn one_of_two_pods_may_give_its_pull_up() {
     let dir = tempfile::tempdir().unwrap();
     let options = options(dir.path());

@@ -224,6 +224,8 @@ struct OffHost {
     too_many_requests: String,
     server_errors: String,
     another_certificate: String,
+    /// Empty in the long form: its certificate does not last through that.
+    history_forgotten: String,
     /// Empty in the long form: there it joins again.
     unreachable_at_second_boot: String,
     /// Empty in the short form: nobody waited for a certificate.
@@ -282,6 +284,9 @@ fn switch_off_and_on(artifacts: &Artifacts, lab: &Lab) -> anyhow::Result<OffHost
         seen.too_many_requests = troubled.too_many_requests()?;
         seen.server_errors = troubled.server_errors()?;
         seen.another_certificate = troubled.another_certificate()?;
+        if !long() {
+            seen.history_forgotten = troubled.history_forgotten()?;
+        }
     }
     if long() {
         seen.renewed = machine.serial.expect("client certificate renewed, valid until", 0, OFF_DEADLINE)?;
@@ -410,5 +415,12 @@ fn real_429_for_half_a_minute_leaves_pods_and_the_lease_comes_back() -> anyhow::
 fn status_refused_with_real_500_is_written_in_the_end() -> anyhow::Result<()> {
     let line = &off_host()?.server_errors;
     ensure!(line.contains("500") && line.contains("pods keep running"), "{line}");
+    Ok(())
+}
+
+#[test]
+fn watch_history_forgotten_by_the_real_server_is_listed_anew_and_pods_stay() -> anyhow::Result<()> {
+    let line = &off_host()?.history_forgotten;
+    ensure!(long() || line.contains("pods are listed anew"), "{line}");
     Ok(())
 }

@@ -84,8 +84,20 @@ struct Shared {
     options: StoreOptions,
     layout: Layout,
     state: Mutex<State>,
+    slots: Slots,
+}
+
+/// Places for work on layers: for all pulls together, and for each pull as many again. Who waits for a place among all
+/// has one of its pull, so that an image of many layers leaves others the next place that gets free, not the last.
+struct Slots {
     downloads: Semaphore,
     unpacks: Semaphore,
+}
+
+impl Default for Slots {
+    fn default() -> Self {
+        Self { downloads: Semaphore::new(DOWNLOADS), unpacks: Semaphore::new(UNPACKS) }
+    }
 }
 
 impl Shared {
@@ -162,8 +174,7 @@ impl ImageStore {
             options,
             layout,
             state: Mutex::new(State { records, sequence, ..State::default() }),
-            downloads: Semaphore::new(DOWNLOADS),
-            unpacks: Semaphore::new(UNPACKS),
+            slots: Slots::default(),
         };
         Ok(Self { shared: Arc::new(shared) })
     }
@@ -250,11 +261,13 @@ impl ImageStore {
         let progress = Progress::new(name.to_owned(), missing.map(|(layer, _)| layer.size).sum());
         // Dropped with this future, the set ends what still runs.
         let mut tasks = JoinSet::new();
+        let own = Arc::new(Slots::default());
         for (number, (layer, diff_id)) in wanted.into_iter().enumerate() {
             let (shared, registry, progress) =
                 (Arc::clone(&self.shared), Arc::clone(registry), Arc::clone(&progress));
+            let own = Arc::clone(&own);
             tasks.spawn(async move {
-                let length = fetch_layer(&shared, &registry, &layer, &diff_id, &progress).await?;
+                let length = fetch_layer(&shared, &registry, (&layer, &diff_id), &own, &progress).await?;
                 Ok::<_, ImageError>((number, Layer { diff_id, length }))
             });
         }
@@ -450,8 +463,8 @@ fn read_registries(options: &StoreOptions) -> Result<RegistriesConfig, ImageErro
 async fn fetch_layer(
     shared: &Shared,
     registry: &SharedRegistry,
-    layer: &Descriptor,
-    diff_id: &Digest,
+    (layer, diff_id): (&Descriptor, &Digest),
+    own: &Slots,
     progress: &Progress,
 ) -> Result<u64, ImageError> {
     let one_at_a_time = {
@@ -469,10 +482,10 @@ async fn fetch_layer(
         return Ok(length);
     }
     let blob = {
-        let _slot = slot(&shared.downloads).await?;
+        let _slots = (slot(&own.downloads).await?, slot(&shared.slots.downloads).await?);
         download(registry, &shared.options, layer, progress).await?
     };
-    let _slot = slot(&shared.unpacks).await?;
+    let _slots = (slot(&own.unpacks).await?, slot(&shared.slots.unpacks).await?);
     let unpacked = unpack(&shared.options, &blob, diff_id).await?;
     shared.layout.adopt_layer(&unpacked.path, diff_id)?;
     drop(unpacked.work);

@@ -11,10 +11,16 @@ use atoll_qemu_test::machine::Machine;
 use atoll_qemu_test::network::SERVER;
 use atoll_qemu_test::process::{Background, wait_for};
 use base64::Engine as _;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long somebody sits: the deadline of the webhook that does not answer.
 const SITS: Duration = Duration::from_secs(30);
+
+/// What happens to a pod is kept by the API server's watch cache for 75 s at least (its `eventFreshDuration`), and
+/// afterwards until the room is needed.
+const FRESH: Duration = Duration::from_secs(77);
+/// How many pods make history by being written to, all of them each time.
+const WRITERS: usize = 50;
 
 /// A priority level without a seat, for one node and somebody who sits there all the same: the real server lets one
 /// request through when there is none, and answers every other with 429 and `Retry-After`.
@@ -222,5 +228,46 @@ impl Troubled<'_> {
         self.relay.lead(|_| SUPERVISOR.to_owned())?;
         self.is_well(from).context("after somebody else answered")?;
         Ok(line)
+    }
+
+    /// The host is cut off until the API server has forgotten what happened since: the watch is answered with a real
+    /// 410. Gives the console's line.
+    pub fn history_forgotten(&mut self) -> anyhow::Result<String> {
+        let from = self.machine.serial.position();
+        self.relay.close()?;
+        let cut = Instant::now();
+        let list = ["get", "--raw", "/api/v1/pods?limit=1"];
+        let list: serde_json::Value = serde_json::from_str(&self.lab.supervisor.kubectl_ok(&list)?)?;
+        let version = list["metadata"]["resourceVersion"].as_str().context("a list has a version")?.to_owned();
+        let forgotten = self.make_history(cut, &version);
+        self.lab.supervisor.kubectl_ok(&["delete", "pods", "-l", "makes=history", "--wait=false"])?;
+        forgotten?;
+        self.relay.lead(|_| SUPERVISOR.to_owned())?;
+        let line = self.machine.serial.expect("forgotten (410)", from, BACK)?;
+        self.is_well(from).context("after a 410")?;
+        Ok(line)
+    }
+
+    /// Writes to pods that nobody runs until the server remembers nothing of what followed `version`.
+    fn make_history(&self, cut: Instant, version: &str) -> anyhow::Result<()> {
+        let pod = |number| {
+            format!(
+                "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: history-{number}, labels: {{makes: history}}}}\n\
+                 spec: {{schedulerName: nobody, containers: [{{name: none, image: none}}]}}\n"
+            )
+        };
+        self.lab.supervisor.apply(&(0..WRITERS).map(pod).collect::<String>())?;
+        let watch = format!("/api/v1/pods?watch=1&resourceVersion={version}&timeoutSeconds=1");
+        let mut round = 0;
+        wait_for("the history to be forgotten", BACK, || {
+            if cut.elapsed() < FRESH {
+                return Ok(None);
+            }
+            round += 1;
+            let label = format!("round={round}");
+            self.lab.supervisor.kubectl_ok(&["label", "pods", "-l", "makes=history", "--overwrite", &label])?;
+            let answer = self.lab.supervisor.kubectl(&["get", "--raw", &watch])?;
+            Ok(format!("{}{}", answer.stdout, answer.stderr).contains("too old resource version").then_some(()))
+        })
     }
 }
