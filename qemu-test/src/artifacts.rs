@@ -19,6 +19,8 @@ const KUBERNETES_VERSION: &str = "v1.37.1";
 
 /// Target triple of the static binaries.
 const STATIC_TARGET: &str = "x86_64-unknown-linux-gnu";
+/// The profile that static programs are built by.
+const STATIC_PROFILE: &str = "static";
 
 /// Crates whose binaries are static, because nothing else exists where they run.
 const STATIC: [&str; 4] = ["atoll-init", "atoll-vmm", "atoll-guest", "atollctl"];
@@ -217,7 +219,8 @@ impl Artifacts {
         let mut command = self.cargo();
         command.env("RUSTFLAGS", "-C target-feature=+crt-static").args([
             "build",
-            "--release",
+            "--profile",
+            STATIC_PROFILE,
             "--locked",
             "--target",
             STATIC_TARGET,
@@ -233,11 +236,11 @@ impl Artifacts {
         let bin = self.out().join("bin");
         std::fs::create_dir_all(&bin)?;
         for (name, linked) in programs {
-            let target = match linked {
-                Linked::Dynamically => self.target(),
-                Linked::Statically => self.target().join(STATIC_TARGET),
+            let directory = match linked {
+                Linked::Dynamically => self.target().join("release"),
+                Linked::Statically => self.target().join(STATIC_TARGET).join(STATIC_PROFILE),
             };
-            let from = target.join("release").join(name);
+            let from = directory.join(name);
             std::fs::copy(&from, bin.join(name))
                 .with_context(|| format!("cannot copy {}", from.display()))?;
         }

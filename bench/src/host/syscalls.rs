@@ -1,5 +1,5 @@
-//! What a VMM asks of the host until its guest is ready: system calls, counted by the kernel's own tracing, and page
-//! faults. Counting costs time, so it is done in a start of its own.
+//! What a VMM asks of the host until its guest is ready: system calls, counted by the kernel's own tracing, page faults,
+//! and the exits that KVM counts. Counting costs time, so it is done in a start of its own.
 
 use crate::figure::{Figure, Unit};
 use anyhow::Context;
@@ -9,6 +9,19 @@ use std::path::{Path, PathBuf};
 
 /// Where the bench mounts tracefs.
 const TRACING: &str = "/run/atoll-bench/tracing";
+/// Where the bench mounts debugfs.
+const DEBUG: &str = "/run/atoll-bench/debug";
+/// KVM's counters of a virtual machine, by the names of their files (Documentation/virt/kvm/api.rst, 4.136, tells how
+/// they are made), and ours.
+const KVM: [(&str, &str); 7] = [
+    ("exits", "all"),
+    ("io_exits", "port"),
+    ("mmio_exits", "register"),
+    ("halt_exits", "halt"),
+    ("irq_exits", "interrupt"),
+    ("pf_taken", "nested-page-fault"),
+    ("insn_emulation", "emulated"),
+];
 /// Counts by thread (Documentation/trace/histogram.rst of the kernel).
 const HISTOGRAM: &str = "hist:keys=common_pid:size=8192";
 
@@ -22,8 +35,10 @@ impl Count {
     /// When the kernel has no tracing.
     pub fn begin() -> anyhow::Result<Self> {
         std::fs::create_dir_all(TRACING).context("cannot make a directory for tracing")?;
+        std::fs::create_dir_all(DEBUG).context("cannot make a directory for KVM's counters")?;
         let nothing: Option<&std::ffi::CStr> = None;
         mount("bench", TRACING, "tracefs", MountFlags::empty(), nothing).context("cannot mount tracefs")?;
+        mount("bench", DEBUG, "debugfs", MountFlags::empty(), nothing).context("cannot mount debugfs")?;
         let event = Path::new(TRACING).join("events/raw_syscalls/sys_enter");
         std::fs::write(event.join("trigger"), HISTOGRAM).context("cannot count system calls")?;
         Ok(Self(event))
@@ -40,11 +55,31 @@ impl Count {
             threads.extend(entry?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()));
         }
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).context("the VMM is gone")?;
-        Ok(vec![
+        let mut figures = vec![
             Figure::new("vmm.system-calls", sum(&counted, &threads), Unit::Count),
             Figure::new("vmm.page-faults", page_faults(&stat), Unit::Count),
-        ])
+        ];
+        let machine = machine_of(pid)?;
+        for (file, name) in KVM {
+            let path = machine.join(file);
+            let text =
+                std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+            let count = text.trim().parse().with_context(|| format!("{} is no number", path.display()))?;
+            figures.push(Figure::new(format!("vmm.kvm-exits.{name}"), count, Unit::Count));
+        }
+        Ok(figures)
     }
+}
+
+/// The directory that KVM keeps for a process's virtual machine: `PID-DESCRIPTOR`.
+fn machine_of(pid: u32) -> anyhow::Result<PathBuf> {
+    let all = Path::new(DEBUG).join("kvm");
+    let machines = std::fs::read_dir(&all).with_context(|| format!("cannot list {}", all.display()))?;
+    let its = |path: &PathBuf| {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        name.split_once('-').is_some_and(|(owner, _)| owner == pid.to_string())
+    };
+    machines.flatten().map(|entry| entry.path()).find(its).context("KVM counts nothing of the VMM")
 }
 
 impl Drop for Count {
@@ -52,6 +87,7 @@ impl Drop for Count {
         // The machine is thrown away in any case.
         let _ = std::fs::write(self.0.join("trigger"), format!("!{HISTOGRAM}"));
         let _ = rustix::mount::unmount(TRACING, rustix::mount::UnmountFlags::DETACH);
+        let _ = rustix::mount::unmount(DEBUG, rustix::mount::UnmountFlags::DETACH);
     }
 }
 

@@ -90,6 +90,9 @@ fn run(arguments: &Arguments) -> anyhow::Result<bool> {
         Part::All => {
             suite.quick()?;
             suite.end_to_end(&arguments.filter, false)?;
+            if arguments.filter.is_empty() {
+                suite.bench()?;
+            }
         }
         Part::Quick => suite.quick()?,
         Part::E2e => suite.end_to_end(&arguments.filter, false)?,
@@ -138,6 +141,14 @@ impl Suite {
         // Not `go vet`: it would analyse the 2,600 packages of Kubernetes for the few files here.
         let test = ["test", "-trimpath", "-vet=off", "-v", "./..."];
         self.tests("unit tests of Go", &mut go(&test, &self.artifacts), false, go_counts).map(drop)
+    }
+
+    /// The quick form of the bench: its figures are the same each time, and those that grew beyond their row in
+    /// `bench/budgets.toml` fail.
+    fn bench(&mut self) -> anyhow::Result<()> {
+        let mut bench = self.artifacts.cargo();
+        bench.args(["run", "--quiet", "--locked", "-p", "atoll-bench", "--bin", "bench", "--", "quick"]);
+        self.check("bench, quick form", &mut bench)
     }
 
     /// `long` asks for the long forms, one test at a time.

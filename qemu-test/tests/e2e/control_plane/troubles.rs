@@ -238,7 +238,8 @@ impl Troubled<'_> {
         let cut = Instant::now();
         let list = ["get", "--raw", "/api/v1/pods?limit=1"];
         let list: serde_json::Value = serde_json::from_str(&self.lab.supervisor.kubectl_ok(&list)?)?;
-        let version = list["metadata"]["resourceVersion"].as_str().context("a list has a version")?.to_owned();
+        let version =
+            list["metadata"]["resourceVersion"].as_str().context("a list has a version")?.to_owned();
         let forgotten = self.make_history(cut, &version);
         self.lab.supervisor.kubectl_ok(&["delete", "pods", "-l", "makes=history", "--wait=false"])?;
         forgotten?;
@@ -265,9 +266,18 @@ impl Troubled<'_> {
             }
             round += 1;
             let label = format!("round={round}");
-            self.lab.supervisor.kubectl_ok(&["label", "pods", "-l", "makes=history", "--overwrite", &label])?;
+            self.lab.supervisor.kubectl_ok(&[
+                "label",
+                "pods",
+                "-l",
+                "makes=history",
+                "--overwrite",
+                &label,
+            ])?;
             let answer = self.lab.supervisor.kubectl(&["get", "--raw", &watch])?;
-            Ok(format!("{}{}", answer.stdout, answer.stderr).contains("too old resource version").then_some(()))
+            Ok(format!("{}{}", answer.stdout, answer.stderr)
+                .contains("too old resource version")
+                .then_some(()))
         })
     }
 }
