@@ -22,6 +22,7 @@ mod reference;
 mod registry;
 mod room;
 mod scratch;
+mod slots;
 mod store;
 mod tarscan;
 mod unpack;

@@ -10,6 +10,7 @@ use super::manifest::Descriptor;
 use super::pull::{Progress, Resolved, download, resolve};
 use super::reference::ImageRef;
 use super::registry::{Registry, SharedRegistry};
+use super::slots::Slots;
 use super::unpack::unpack;
 use super::{Auth, FsUsage, Image, ImageConfig, ImageId, LayerFile, StoreOptions, room, scratch};
 use atoll_spec::images::{Access, PullSecret};
@@ -17,13 +18,8 @@ use atoll_spec::node::RegistriesConfig;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
-use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
-/// Downloads at once, for all pulls together.
-const DOWNLOADS: usize = 4;
-/// Layers unpacked at once.
-const UNPACKS: usize = 2;
 /// How often a pull says how far it is.
 const REPORT: Duration = Duration::from_secs(5);
 /// Shortest beginning of an id that names an image.
@@ -85,19 +81,6 @@ struct Shared {
     layout: Layout,
     state: Mutex<State>,
     slots: Slots,
-}
-
-/// Places for work on layers: for all pulls together, and for each pull as many again. Who waits for a place among all
-/// has one of its pull, so that an image of many layers leaves others the next place that gets free, not the last.
-struct Slots {
-    downloads: Semaphore,
-    unpacks: Semaphore,
-}
-
-impl Default for Slots {
-    fn default() -> Self {
-        Self { downloads: Semaphore::new(DOWNLOADS), unpacks: Semaphore::new(UNPACKS) }
-    }
 }
 
 impl Shared {
@@ -482,20 +465,12 @@ async fn fetch_layer(
         return Ok(length);
     }
     let blob = {
-        let _slots = (slot(&own.downloads).await?, slot(&shared.slots.downloads).await?);
+        let _slots = shared.slots.download(own).await?;
         download(registry, &shared.options, layer, progress).await?
     };
-    let _slots = (slot(&own.unpacks).await?, slot(&shared.slots.unpacks).await?);
+    let _slots = shared.slots.unpack(own).await?;
     let unpacked = unpack(&shared.options, &blob, diff_id).await?;
     shared.layout.adopt_layer(&unpacked.path, diff_id)?;
     drop(unpacked.work);
     Ok(unpacked.length)
-}
-
-async fn slot(semaphore: &Semaphore) -> Result<tokio::sync::SemaphorePermit<'_>, ImageError> {
-    // Never closed; the error type asks for an answer all the same.
-    semaphore
-        .acquire()
-        .await
-        .map_err(|_| ImageError::Deadline { what: "waiting for a free slot".into(), seconds: 0 })
 }
