@@ -19,7 +19,7 @@ use atoll_qemu_test::process::wait_for;
 use relay::{Relay, SUPERVISOR};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
-use troubles::{Impostor, Troubled};
+use troubles::{Away, Impostor, Troubled};
 
 /// Deadline for what follows the control plane's return.
 const BACK: Duration = Duration::from_secs(180);
@@ -127,29 +127,6 @@ fn node_is_back(lab: &Lab) -> anyhow::Result<()> {
 }
 
 #[test]
-fn supervisor_away_for_two_minutes_after_joining_leaves_pods_and_the_lease_comes_back() -> anyhow::Result<()>
-{
-    let alone = alone();
-    let host = &alone.host;
-    let witness = Witness::begin(host, 0, "away")?;
-    let (before, from) = (witness.ticks()?, machine().serial.position());
-    host.supervisor.stop();
-    let away = Instant::now();
-    machine().serial.expect("pods keep running", from, BACK)?;
-    wait_for("two minutes to pass", Duration::from_secs(150), || {
-        Ok((away.elapsed() >= Duration::from_secs(120)).then_some(()))
-    })?;
-    host.supervisor.resume(&[])?;
-    machine().serial.expect("renewed again after", from, BACK)?;
-    node_is_back(host)?;
-    witness.unchanged()?;
-    // What the pod said meanwhile lay in the host's files.
-    let ticks = witness.ticks()? - before;
-    ensure!(ticks >= 60, "{ticks} lines in over two minutes");
-    Ok(())
-}
-
-#[test]
 fn api_server_killed_comes_back_and_pods_stay() -> anyhow::Result<()> {
     let alone = alone();
     let witness = Witness::begin(&alone.host, 0, "api-killed")?;
@@ -225,7 +202,7 @@ struct OffHost {
     server_errors: String,
     another_certificate: String,
     /// Empty in the long form: its certificate does not last through that.
-    history_forgotten: String,
+    away: Away,
     /// Empty in the long form: there it joins again.
     unreachable_at_second_boot: String,
     /// Empty in the short form: nobody waited for a certificate.
@@ -285,7 +262,7 @@ fn switch_off_and_on(artifacts: &Artifacts, lab: &Lab) -> anyhow::Result<OffHost
         seen.server_errors = troubled.server_errors()?;
         seen.another_certificate = troubled.another_certificate()?;
         if !long() {
-            seen.history_forgotten = troubled.history_forgotten()?;
+            seen.away = troubled.away_for_two_minutes()?;
         }
     }
     if long() {
@@ -419,8 +396,16 @@ fn status_refused_with_real_500_is_written_in_the_end() -> anyhow::Result<()> {
 }
 
 #[test]
+fn supervisor_away_for_two_minutes_after_joining_leaves_pods_and_the_lease_comes_back() -> anyhow::Result<()>
+{
+    let ticks = off_host()?.away.ticks;
+    ensure!(long() || ticks >= 60, "{ticks} lines in over two minutes");
+    Ok(())
+}
+
+#[test]
 fn watch_history_forgotten_by_the_real_server_is_listed_anew_and_pods_stay() -> anyhow::Result<()> {
-    let line = &off_host()?.history_forgotten;
+    let line = &off_host()?.away.forgotten;
     ensure!(long() || line.contains("pods are listed anew"), "{line}");
     Ok(())
 }

@@ -5,7 +5,7 @@
 mod shelf;
 
 use crate::own::story;
-use crate::shared::{POD, Pod, Shared, apply_pod, ready_lab};
+use crate::shared::{POD, Pod, Shared, alone, apply_pod};
 use anyhow::{Context, ensure};
 use atoll_odd_registry::{Server, identity};
 use atoll_qemu_test::lab::OWN_REGISTRY;
@@ -93,7 +93,8 @@ fn seen() -> anyhow::Result<&'static Seen> {
 }
 
 fn pull_all() -> anyhow::Result<Seen> {
-    let lab = ready_lab();
+    // Eight pods at once, and an image of eighty layers: more than enough for a host.
+    let lab = alone();
     lab.registry.push("redirects", "1", &shelf::elsewhere()?)?;
     let shelf = Arc::new(Shelf::filled()?);
     let port = |name: &str| format!("{SERVER}:{}", name.rsplit(':').next().unwrap_or_default());

@@ -19,6 +19,8 @@ const SITS: Duration = Duration::from_secs(30);
 /// What happens to a pod is kept by the API server's watch cache for 75 s at least (its `eventFreshDuration`), and
 /// afterwards until the room is needed.
 const FRESH: Duration = Duration::from_secs(77);
+/// How long the Supervisor is away.
+const AWAY: Duration = Duration::from_secs(120);
 /// How many pods make history by being written to, all of them each time.
 const WRITERS: usize = 50;
 
@@ -104,6 +106,15 @@ impl Impostor {
         ensure!(self.0.asked().is_empty(), "it was told: {:?}", self.0.asked());
         Ok(())
     }
+}
+
+/// What came of two minutes without a Supervisor.
+#[derive(Debug, Default)]
+pub struct Away {
+    /// What the console says of the 410.
+    pub forgotten: String,
+    /// Lines that the witness wrote meanwhile.
+    pub ticks: usize,
 }
 
 /// One host, and the way that troubles reach it.
@@ -230,12 +241,13 @@ impl Troubled<'_> {
         Ok(line)
     }
 
-    /// The host is cut off until the API server has forgotten what happened since: the watch is answered with a real
-    /// 410. Gives the console's line.
-    pub fn history_forgotten(&mut self) -> anyhow::Result<String> {
-        let from = self.machine.serial.position();
+    /// The Supervisor cannot be reached for two minutes, and forgets meanwhile what happened since: the watch is answered
+    /// with a real 410.
+    pub fn away_for_two_minutes(&mut self) -> anyhow::Result<Away> {
+        let (from, before) = (self.machine.serial.position(), self.witness.ticks()?);
         self.relay.close()?;
         let cut = Instant::now();
+        self.machine.serial.expect("pods keep running", from, BACK)?;
         let list = ["get", "--raw", "/api/v1/pods?limit=1"];
         let list: serde_json::Value = serde_json::from_str(&self.lab.supervisor.kubectl_ok(&list)?)?;
         let version =
@@ -243,10 +255,12 @@ impl Troubled<'_> {
         let forgotten = self.make_history(cut, &version);
         self.lab.supervisor.kubectl_ok(&["delete", "pods", "-l", "makes=history", "--wait=false"])?;
         forgotten?;
+        wait_for("two minutes to pass", AWAY * 2, || Ok((cut.elapsed() >= AWAY).then_some(())))?;
         self.relay.lead(|_| SUPERVISOR.to_owned())?;
-        let line = self.machine.serial.expect("forgotten (410)", from, BACK)?;
-        self.is_well(from).context("after a 410")?;
-        Ok(line)
+        let forgotten = self.machine.serial.expect("forgotten (410)", from, BACK)?;
+        self.is_well(from).context("after two minutes and a 410")?;
+        // What the pod said meanwhile lay in the host's files.
+        Ok(Away { forgotten, ticks: self.witness.ticks()? - before })
     }
 
     /// Writes to pods that nobody runs until the server remembers nothing of what followed `version`.
