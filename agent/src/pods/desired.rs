@@ -287,7 +287,7 @@ fn seconds(count: i64) -> Duration {
 }
 
 /// An ephemeral container is one of the ordinary kind with some fields forbidden.
-fn ordinary(container: &api::EphemeralContainer) -> Result<api::Container, String> {
+pub(super) fn ordinary(container: &api::EphemeralContainer) -> Result<api::Container, String> {
     let wrong = |e: serde_json::Error| format!("ephemeral container {}: {e}", container.name);
     serde_json::to_value(container).and_then(serde_json::from_value).map_err(wrong)
 }

@@ -3,6 +3,7 @@
 //! Called by `worker` for a pod it has not started. A refused pod is Failed with reason and message and is never
 //! tried again: half of what was asked for is worse than nothing.
 
+use super::desired;
 use k8s_openapi::api::core::v1 as api;
 
 /// Why a pod is refused.
@@ -47,6 +48,22 @@ pub fn check(pod: &api::Pod) -> Option<Refusal> {
     sysctls(spec)
 }
 
+/// Looks for something this node does not do for an ephemeral container. It comes when its pod runs already, so it alone
+/// does not start.
+pub fn check_ephemeral(pod: &api::Pod, name: &str) -> Option<String> {
+    let spec = pod.spec.as_ref()?;
+    let found = spec.ephemeral_containers.iter().flatten().find(|c| c.name == name)?;
+    if found.target_container_name.is_some() && !yes(spec.share_process_namespace) {
+        return Some(
+            "targetContainerName is not supported: with shareProcessNamespace in its spec a pod's containers see \
+             each other's processes"
+                .into(),
+        );
+    }
+    // What cannot be read was refused with the pod.
+    container_fields(&desired::ordinary(found).ok()?)
+}
+
 fn all_containers(spec: &api::PodSpec) -> impl Iterator<Item = &api::Container> {
     spec.init_containers.iter().flatten().chain(&spec.containers)
 }
@@ -85,6 +102,9 @@ fn pod_security(context: &api::PodSecurityContext) -> Option<String> {
     }
     if context.windows_options.is_some() {
         return Some(format!("{at}.windowsOptions is for Windows"));
+    }
+    if context.supplemental_groups_policy.as_deref() == Some("Strict") {
+        return Some(format!("{at}.supplementalGroupsPolicy Strict is not supported"));
     }
     profiles(at, context.seccomp_profile.as_ref(), context.app_armor_profile.as_ref())
 }
@@ -216,6 +236,22 @@ mod tests {
     }
 
     #[test]
+    fn an_ephemeral_container_is_refused_for_itself() {
+        let with = |pod_fields: &str, fields: &str| {
+            let spec = format!(
+                "{{{pod_fields}containers: [{{name: a, image: i}}], ephemeralContainers: [{{name: e, image: i{fields}}}]}}"
+            );
+            let pod = pod(&spec).pod;
+            assert_eq!(check(&pod), None, "the pod runs");
+            check_ephemeral(&pod, "e").unwrap_or_default()
+        };
+        assert_eq!(with("", ""), "");
+        assert_eq!(with("shareProcessNamespace: true, ", ", targetContainerName: a"), "");
+        assert!(with("", ", targetContainerName: a").starts_with("targetContainerName"));
+        assert!(with("", ", securityContext: {privileged: true}").contains("privileged"));
+    }
+
+    #[test]
     fn each_refusal_names_its_field() {
         let with = |fields: &str| format!("{{containers: [{{name: a, image: i}}], {fields}}}");
         let of_container = |fields: &str| format!("{{containers: [{{name: a, image: i, {fields}}}]}}");
@@ -224,6 +260,7 @@ mod tests {
             (with("hostPID: true"), "spec.hostPID"),
             (with("hostIPC: true"), "spec.hostIPC"),
             (with("os: {name: windows}"), "spec.os.name"),
+            (with("securityContext: {supplementalGroupsPolicy: Strict}"), "supplementalGroupsPolicy"),
             (with("resourceClaims: [{name: r}]"), "spec.resourceClaims"),
             (with("volumes: [{name: v, hostPath: {path: /}}]"), "hostPath"),
             (with("volumes: [{name: v, persistentVolumeClaim: {claimName: c}}]"), "persistentVolumeClaim"),

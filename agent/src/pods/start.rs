@@ -6,7 +6,7 @@
 use super::container_config::{self, Parts};
 use super::context::Context;
 use super::desired::{Container, Desired};
-use super::{dns, env, sandbox_config};
+use super::{dns, env, refuse, sandbox_config};
 use crate::events::{Severity, pod_reference};
 use crate::probes;
 use atoll_cri::v1;
@@ -83,6 +83,11 @@ pub async fn container(ctx: &Context, desired: &Desired, start: &Start) -> Resul
         let object = pod_reference(&desired.pod, Some(container.field()));
         ctx.events.record(object, severity, reason, message);
     };
+    if let Some(why) = refuse::check_ephemeral(&desired.pod, &start.name) {
+        let why = format!("this node cannot run the container: {why}");
+        event(Severity::Warning, "Failed", format!("Error: {why}"));
+        return Err(StartError::later("CreateContainerConfigError", why));
+    }
     let sandbox = sandbox_config::sandbox(desired, start.sandbox_attempt, &ctx.dirs, &ctx.cluster_dns());
     let image = ctx.images.ensure(desired, container, &sandbox).await?;
     let config = configure(ctx, desired, container, start, &image).await.map_err(|why| {

@@ -240,8 +240,9 @@ fn up(test: bool) -> anyhow::Result<()> {
         .spawn()
         .context("cannot start unshare: install util-linux")?;
     std::fs::write(standing.pid_file(), child.id().to_string())?;
+    ends_on_signal(child.id())?;
     let mut progress = Progress::default();
-    progress.step("start the lab and boot the host until it is Ready", || {
+    let ready = progress.step("start the lab and boot the host until it is Ready", || {
         wait_for("the lab", Duration::from_secs(900), || {
             if let Some(status) = child.try_wait()? {
                 bail!(
@@ -252,8 +253,29 @@ fn up(test: bool) -> anyhow::Result<()> {
             }
             Ok(standing.ready().exists().then_some(()))
         })
-    })?;
+    });
+    if ready.is_err() {
+        // It may have ended by itself. With it goes everything in its namespaces.
+        let _ = child.kill();
+    }
+    ready?;
     print!("{}", std::fs::read_to_string(standing.ready())?);
+    Ok(())
+}
+
+/// Whoever interrupts `up` before the lab is Ready does not want it to stay.
+fn ends_on_signal(lab: u32) -> anyhow::Result<()> {
+    let mut signals =
+        signal_hook::iterator::Signals::new([signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM])
+            .context("cannot install a signal handler")?;
+    std::thread::spawn(move || {
+        if signals.forever().next().is_some() {
+            eprintln!("\ninterrupted: the lab is ended");
+            // Its first process takes everything in its namespaces along.
+            let _ = run(Command::new("kill").args(["-KILL", &lab.to_string()]), Duration::from_secs(5));
+            std::process::exit(130);
+        }
+    });
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 //!
 //! A check without tests of its own (formatting, lints, a build) counts as one.
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use atoll_qemu_test::artifacts::{Artifacts, Profile};
 use atoll_qemu_test::faults;
 use atoll_qemu_test::namespaces;
@@ -83,6 +83,11 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> anyhow::Result<bool> {
+    // Not each by itself: some would pass without having tried anything.
+    ensure!(
+        rustix::process::geteuid().is_root(),
+        "the tests make namespaces, mounts and cgroups, which needs root: run this as root"
+    );
     let mut suite =
         Suite { artifacts: Artifacts::locate()?, counts: Counts::default(), failures: Vec::new() };
     let started = Instant::now();

@@ -22,8 +22,7 @@ impl Root {
             std::fs::create_dir_all(directory)
                 .during(|| format!("make directory {}", directory.display()))?;
         }
-        let mut texts: Vec<String> =
-            layers.iter().rev().map(|path| path.to_string_lossy().into_owned()).collect();
+        let mut texts = from_the_top(layers);
         if texts.is_empty() {
             texts.push(empty.to_string_lossy().into_owned());
         }
@@ -53,5 +52,30 @@ impl Root {
             std::fs::remove_dir_all(directory).during(|| format!("delete {}", directory.display()))?;
         }
         Ok(())
+    }
+}
+
+/// Layers as overlayfs takes them: the uppermost first, each once. An image may name a layer twice (the empty one of a
+/// build step that changed nothing), which overlayfs refuses; the lower one could add nothing to the upper.
+pub fn from_the_top(layers: &[PathBuf]) -> Vec<String> {
+    let mut texts: Vec<String> = Vec::with_capacity(layers.len());
+    for path in layers.iter().rev() {
+        let text = path.to_string_lossy();
+        if !texts.iter().any(|known| *known == text) {
+            texts.push(text.into_owned());
+        }
+    }
+    texts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_layer_counts_where_it_lies_uppermost() {
+        let layers = ["base", "empty", "app", "empty", "base"].map(PathBuf::from);
+        assert_eq!(from_the_top(&layers), ["base", "empty", "app"]);
+        assert!(from_the_top(&[]).is_empty());
     }
 }

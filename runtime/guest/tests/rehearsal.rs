@@ -23,6 +23,17 @@ fn a_command_runs_and_its_output_and_exit_code_come_back() {
 }
 
 #[test]
+fn a_layer_that_an_image_names_twice_is_stacked_once() {
+    if !possible() {
+        return;
+    }
+    let mut peer = Peer::start(config());
+    let twice = ContainerSpec { layers: vec![BUSYBOX, BUSYBOX], ..container("c1", &sh("echo out")) };
+    let (output, exit) = peer.run_to_end(twice);
+    assert_eq!((output.stdout.as_str(), exit.code), ("out\n", 0), "{}", output.stderr);
+}
+
+#[test]
 fn what_cannot_run_says_why() {
     if !possible() {
         return;

@@ -8,6 +8,7 @@ use super::plan::{PlannedMount, Source, Tree};
 use crate::error::{Context as _, Result};
 use crate::mount::Detached;
 use crate::resolve::{self, Kind};
+use crate::rootfs::from_the_top;
 use crate::sys::{self, MountAttributes};
 use rustix::fs::{AtFlags, Mode, OFlags, chmodat, symlinkat};
 use rustix::mount::{MountAttrFlags, MountPropagationFlags, UnmountFlags, mount_change, unmount};
@@ -133,10 +134,10 @@ fn mount_planned(root: &OwnedFd, planned: &PlannedMount) -> Result<()> {
 
 /// Layers without a writable one on top. Overlayfs wants two at least.
 fn stack(layers: &[std::path::PathBuf]) -> Result<Detached> {
-    if let [only] = layers {
-        return Detached::bind(only);
+    let texts = from_the_top(layers);
+    if let [only] = texts.as_slice() {
+        return Detached::bind(Path::new(only));
     }
-    let texts: Vec<String> = layers.iter().rev().map(|path| path.to_string_lossy().into_owned()).collect();
     let options: Vec<(&str, &str)> = texts.iter().map(|path| ("lowerdir+", path.as_str())).collect();
     Detached::filesystem("overlay", &options, MountAttrFlags::MOUNT_ATTR_RDONLY)
 }
