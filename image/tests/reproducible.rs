@@ -1,7 +1,7 @@
 //! Builds the release image twice, with everything that is packed here made anew, and compares every byte; then
 //! looks at the result as firmware and tools would.
 //!
-//! Needs the packages of a build (it fetches them if the cache lacks them), so it is not one of the quick tests:
+//! Needs the packages and the guest kernel of a build, so it is not one of the quick tests: `./just test` runs it last, or
 //! `cargo test -p atoll-image --test reproducible -- --ignored`.
 
 #![expect(clippy::unwrap_used, reason = "in a test a failure may panic")]

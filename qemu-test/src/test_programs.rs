@@ -31,6 +31,13 @@ impl TestProgram {
     pub fn executable(&self) -> &Path {
         &self.executable
     }
+
+    /// The program, where cargo would run it.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(&self.executable);
+        command.current_dir(&self.directory).env("CARGO_MANIFEST_DIR", &self.directory);
+        command
+    }
 }
 
 /// Builds what `cargo test` with these arguments would run, and names it.
@@ -108,14 +115,8 @@ pub fn run(
 
 fn run_one(program: &TestProgram) -> anyhow::Result<Ended> {
     let (mut reader, writer) = std::io::pipe()?;
-    let mut command = Command::new(&program.executable);
-    command
-        .current_dir(&program.directory)
-        .env("CARGO_MANIFEST_DIR", &program.directory)
-        .env("RUST_TEST_THREADS", THREADS)
-        .stdin(Stdio::null())
-        .stdout(writer.try_clone()?)
-        .stderr(writer);
+    let mut command = program.command();
+    command.env("RUST_TEST_THREADS", THREADS).stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
     let mut child = command.spawn().with_context(|| format!("cannot start the tests of {}", program.name))?;
     // It holds the writing end; with it open here, reading would never end.
     drop(command);

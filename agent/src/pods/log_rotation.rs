@@ -43,9 +43,15 @@ async fn rotate_all(ctx: &Context) -> crate::cri::Result<()> {
             continue;
         }
         let Some(path) = path(&ctx.dirs.logs, &container) else { continue };
-        let large = std::fs::metadata(&path).is_ok_and(|m| m.len() > MAX_BYTES);
-        if large {
-            rotate(ctx, &container.id, &path).await;
+        match std::fs::metadata(&path) {
+            Ok(log) if log.len() > MAX_BYTES => rotate(ctx, &container.id, &path).await,
+            // A rotation that was cut short: the runtime still writes to the file that got another name.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                if let Err(error) = ctx.cri.reopen_log(&container.id).await {
+                    tracing::warn!(path = %path.display(), %error, "the runtime did not reopen a log");
+                }
+            }
+            _ => {}
         }
     }
     Ok(())

@@ -100,10 +100,19 @@ fn log_tail(path: &Path) -> Option<String> {
     let mut bytes = Vec::new();
     file.take(LOG_BYTES * 4).read_to_end(&mut bytes).ok()?;
     let text = String::from_utf8_lossy(&bytes).into_owned();
-    let lines: Vec<_> = text.lines().filter_map(|line| line.splitn(4, ' ').nth(3)).collect();
+    // The first line is the end of one, when there is more before it, and has nothing of CRI's.
+    let begins_inside = length > LOG_BYTES * 4;
+    let said = |(number, line)| {
+        if number == 0 && begins_inside { Some(line) } else { str::splitn(line, 4, ' ').nth(3) }
+    };
+    let lines: Vec<_> = text.lines().enumerate().filter_map(said).collect();
     let mut tail = lines[lines.len().saturating_sub(LOG_LINES)..].join("\n");
-    while tail.len() as u64 > LOG_BYTES {
-        let cut = tail.find('\n').map_or(tail.len(), |at| at + 1);
+    let over = tail.len().saturating_sub(LOG_BYTES as usize);
+    if over > 0 {
+        // Whole lines, unless the last one alone is too long: then its end.
+        let line = tail.as_bytes()[over - 1..].iter().position(|byte| *byte == b'\n').map(|at| over + at);
+        let end = || (over..).find(|at| tail.is_char_boundary(*at));
+        let cut = line.filter(|at| *at < tail.len()).or_else(end).unwrap_or(over);
         tail.drain(..cut);
     }
     if !tail.is_empty() {
@@ -123,5 +132,14 @@ mod tests {
         std::fs::write(&path, "2026-01-01T00:00:00Z stdout F one two\n2026-01-01T00:00:01Z stderr F three\n")
             .unwrap();
         assert_eq!(log_tail(&path).unwrap(), "one two\nthree\n");
+        // Lines that are too many, one that is too long, and one that does not begin where the file is read from.
+        let line = |text: &str| format!("2026-01-01T00:00:00Z stderr F {text}\n");
+        std::fs::write(&path, line(&"a".repeat(1500)) + &line(&"b".repeat(1500))).unwrap();
+        assert_eq!(log_tail(&path).unwrap(), "b".repeat(1500) + "\n");
+        for long in [3000, 30_000] {
+            std::fs::write(&path, line(&("é ".repeat(long) + "end"))).unwrap();
+            let tail = log_tail(&path).unwrap();
+            assert!(tail.ends_with(" é end\n") && (2040..=2049).contains(&tail.len()), "{}", tail.len());
+        }
     }
 }

@@ -43,6 +43,8 @@ pub fn write(directory: &Path, files: &[File], group: Option<u32>) -> Result<(),
     fs::DirBuilder::new().recursive(true).mode(0o755).create(directory).map_err(at(directory))?;
     let link = directory.join(DATA);
     let old = fs::read_link(&link).ok();
+    // What a write that was cut short has left takes room that this one may need.
+    remove_strays(directory, old.as_deref().unwrap_or(Path::new("")))?;
     let current = match old {
         Some(old) if same(&directory.join(&old), files) => old,
         _ => replace(directory, &link, files, group)?,
@@ -58,8 +60,10 @@ fn replace(directory: &Path, link: &Path, files: &[File], group: Option<u32>) ->
     let fresh = format!("..{stamp}");
     let target = directory.join(&fresh);
     fs::DirBuilder::new().mode(0o755).create(&target).map_err(at(&target))?;
-    for file in files {
-        write_file(&target, file, group)?;
+    if let Err(failure) = files.iter().try_for_each(|file| write_file(&target, file, group)) {
+        // Without room for all of them, those that found some take it from others. What stays is a stray.
+        let _ = fs::remove_dir_all(&target);
+        return Err(failure);
     }
     let staged = directory.join("..data_tmp");
     match fs::remove_file(&staged) {
@@ -210,6 +214,24 @@ mod tests {
         assert_eq!(fs::read_to_string(volume.join("d/e")).unwrap(), "2");
         assert_eq!(fs::read_link(volume.join(DATA)).unwrap(), current);
         assert!(!volume.join("..1").exists());
+    }
+
+    #[test]
+    fn write_that_fails_or_was_cut_short_leaves_no_room_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = dir.path().join("v");
+        let sets = || {
+            let entries = fs::read_dir(&volume).unwrap().map(|entry| entry.unwrap());
+            entries.filter(|entry| entry.file_type().unwrap().is_dir()).count()
+        };
+        // What is a file cannot be a directory, too.
+        write(&volume, &[file("a", "1"), file("a/b", "2")], None).unwrap_err();
+        assert_eq!(sets(), 0);
+        write(&volume, &[file("a", "1")], None).unwrap();
+        fs::create_dir(volume.join("..1")).unwrap();
+        write(&volume, &[file("b", "1"), file("b/c", "2")], None).unwrap_err();
+        assert_eq!(sets(), 1, "the one in use");
+        assert_eq!(fs::read_to_string(volume.join("a")).unwrap(), "1");
     }
 
     #[test]

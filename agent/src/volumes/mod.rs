@@ -84,6 +84,8 @@ impl Volumes {
         if Self::changes(desired) {
             private(&self.dirs.in_memory(uid))?;
         }
+        // One that cannot be written keeps no other from being brought up to date: a token among them runs out.
+        let mut failed = None;
         for volume in desired.spec().volumes.iter().flatten() {
             let place = match kind(volume) {
                 None => {
@@ -93,13 +95,15 @@ impl Volumes {
                 }
                 Some(kind) => {
                     let path = self.dirs.volume(uid, kind, &volume.name);
-                    self.write(desired, facts, volume, &path).await?;
+                    if let Err(error) = self.write(desired, facts, volume, &path).await {
+                        failed.get_or_insert(error);
+                    }
                     (path, false)
                 }
             };
             places.insert(volume.name.clone(), place);
         }
-        Ok(places)
+        failed.map_or(Ok(places), Err)
     }
 
     /// Whether a pod has volumes whose content may change.

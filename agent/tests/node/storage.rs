@@ -143,3 +143,37 @@ async fn secrets_lie_in_memory_alone_are_kept_by_a_restart_and_made_anew_after_a
     until("nothing of it to be left", SOON, || (!host.path("volumes").join(&uid).exists()).then_some(()))
         .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn volume_that_cannot_be_written_keeps_no_other_from_being_brought_up_to_date() {
+    const SAYS: &str = "hunter2";
+    let host = Host::ready().await;
+    host.cluster.put(
+        "/api/v1/namespaces/default/secrets/s",
+        json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s", "namespace": "default"},
+               "data": {"password": "aHVudGVyMg=="}}),
+    );
+    host.bind(
+        "half",
+        json!({"containers": [{"name": "main", "image": "image:1"}],
+               "volumes": [{"name": "gone", "configMap": {"name": "gone"}}, {"name": "s", "secret": {"secretName": "s"}}]}),
+    );
+    until("the volume behind it to be written", SOON, || {
+        (!holders(&host.path("volumes"), SAYS).is_empty()).then_some(())
+    })
+    .await;
+    assert!(host.runtime.running("half").is_empty(), "it has not all that it asked for");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn log_whose_rotation_was_cut_short_is_opened_anew() {
+    let host = Host::ready().await;
+    host.bind("logs", limited(None, json!([])));
+    host.wait_running("logs").await;
+    let log = host.runtime.log(&host.runtime.running("logs").remove(0));
+    let renamed = format!("{log}.20260101-000000");
+    std::fs::write(&log, "2026-01-01T00:00:00Z stdout F one\n").unwrap();
+    std::fs::rename(&log, &renamed).unwrap();
+    until("the log to be there again", SOON, || std::path::Path::new(&log).exists().then_some(())).await;
+    assert!(std::path::Path::new(&renamed).exists());
+}

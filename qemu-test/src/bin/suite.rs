@@ -97,6 +97,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<bool> {
             suite.end_to_end(&arguments.filter, false)?;
             if arguments.filter.is_empty() {
                 suite.bench()?;
+                suite.reproducible()?;
             }
         }
         Part::Quick => suite.quick()?,
@@ -154,6 +155,14 @@ impl Suite {
         let mut bench = self.artifacts.cargo();
         bench.args(["run", "--quiet", "--locked", "-p", "atoll-bench", "--bin", "bench", "--", "quick"]);
         self.check("bench, quick form", &mut bench)
+    }
+
+    /// The image, built twice: not among the unit tests, for it takes the guest kernel of the build.
+    fn reproducible(&mut self) -> anyhow::Result<()> {
+        let programs = test_programs::build(&self.artifacts, &["--workspace"])?;
+        let program = programs.iter().find(|program| program.name == "image: test reproducible");
+        let mut command = program.context("no test program 'reproducible'")?.command();
+        self.tests("image built twice", command.arg("--ignored"), false, cargo_counts).map(drop)
     }
 
     /// `long` asks for the long forms, one test at a time.
