@@ -1,6 +1,6 @@
 //! What this node does not do, said before anything runs ◇.
 //!
-//! Called by `worker` for a pod it has not started. A refused pod is Failed with reason and message and is never
+//! Called by `worker` for a pod it has not started, and by `start` for an ephemeral container. A refused pod is Failed with reason and message and is never
 //! tried again: half of what was asked for is worse than nothing.
 
 use super::desired;
